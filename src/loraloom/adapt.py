@@ -1,0 +1,570 @@
+"""Adapters on a model: attach, detach, switch, several at once, a choice for each row, merge and unmerge.
+
+The model is not wrapped and its parameters keep their names and bits: an adapted module's `forward` is
+replaced on that one instance, and given back on detach.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import methods
+from .bank import Bank, Flow
+from .config import resolve_alpha
+from .errors import NonFinite, UserError, did_you_mean
+from .files import digest
+from .layers import Layer, view
+from .methods.base import Method, NotMergeable, Site, unique
+from .overlay import Overlay
+from .targets import Target, input_group, output_head, select
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSpec:
+    """What an adapter is, apart from its tensors. The fields are those of a run's settings."""
+
+    method: str = "lora"
+    options: dict[str, Any] = field(default_factory=dict)  # the method's own settings
+    r: int = 16
+    alpha: float | str = "2r"
+    dropout: float = 0.0
+    target_modules: str | Sequence[str] = "all-linear"
+    layers: str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    bias: str = "none"
+    modules_to_save: Sequence[str] = ()
+    seed: int = 0
+
+    def make(self) -> Method:
+        """The method with the settings that layers share."""
+        common = {"r": self.r, "alpha": resolve_alpha(self.alpha, self.r), "dropout": self.dropout}
+        return methods.make(self.method, self.options | common)
+
+    def at(self, method: Method, target: Target) -> Method:
+        """The method with one layer's own r and alpha."""
+        r = first_match(self.rank_pattern, target, self.r)
+        alpha = first_match(self.alpha_pattern, target, resolve_alpha(self.alpha, r))
+        return replace(method, r=r, alpha=float(alpha))
+
+
+@dataclass
+class Adapter:
+    """One adapter: its settings and its tensors by layer."""
+
+    name: str
+    spec: AdapterSpec
+    method: Method
+    sites: dict[str, Site]  # by target key: a module's name, or name:role
+    roles: dict[str, Target]
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the method by a stable name, trained and frozen."""
+        for key, site in self.sites.items():
+            for name, tensor in site.p.items():
+                yield f"{key}/{name}", tensor
+
+
+def first_match(patterns: dict[str, Any], target: Target, default: Any) -> Any:
+    """The value of the first pattern that matches a target as PEFT matches: `(.*\\.)?(pattern)$`."""
+    for pattern, value in patterns.items():
+        if pattern_matches(pattern, target):
+            return value
+    return default
+
+
+def pattern_matches(pattern: str, target: Target) -> bool:
+    return any(re.match(rf"(.*\.)?({pattern})$", name) for name in (target.name, target.key))
+
+
+class Adapters:
+    """All adapters of one model, and which of them are in use."""
+
+    def __init__(self, model: nn.Module) -> None:
+        if any(
+            isinstance(getattr(m.__dict__.get("forward"), "__self__", None), Bank | Overlay)
+            for m in model.modules()
+        ):
+            raise UserError(
+                "this model carries adapters already",
+                hint="add to the object that attach() returned, or detach() it",
+            )
+        self.model = model
+        self.flow = Flow()
+        self.banks: dict[str, Bank] = {}
+        self.overlays: dict[str, Overlay] = {}
+        self.adapters: dict[str, Adapter] = {}
+        self.merged: tuple[str, ...] = ()
+        self._routing: Tensor | None = None
+        self._explicit = False
+        self._pristine: list[tuple[nn.Module, str, nn.Parameter]] = []
+        self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+        self._forwards: dict[str, Any] = {}  # instance forwards that stood there before ours
+        model.requires_grad_(False)
+        self._hook = model.register_forward_pre_hook(self._see, with_kwargs=True)
+
+    # ---- adapters come and go ---------------------------------------------------------------------------
+
+    def add(self, name: str, spec: AdapterSpec) -> Adapter:
+        """Make an adapter and put it in use, alone. The model computes what it did before.
+
+        raises  UserError if the name is taken, or a setting does not fit the model
+        """
+        self._not_merged()
+        if name in self.adapters or not name:
+            raise UserError(
+                f"there is an adapter named {name!r} already" if name else "an adapter needs a name"
+            )
+        method = spec.make()
+        saved = self._modules_named(spec.modules_to_save)
+        targets = select(self.model, spec.target_modules, layers=spec.layers, skip=saved)
+        check_patterns(spec, targets)
+        try:
+            self.adapters[name] = self._make(name, spec, method, targets, saved)
+        except BaseException:
+            self._forget(name)
+            raise
+        self.use(name)
+        return self.adapters[name]
+
+    def _make(
+        self, name: str, spec: AdapterSpec, method: Method, targets: list[Target], saved: list[str]
+    ) -> Adapter:
+        self.flow.seeds[name] = seed_of(spec.seed, name="dropout")
+        for whole in saved:
+            own = [n for n, _ in self.model.get_submodule(whole).named_parameters()]
+            self._overlay(whole).add(name, own)
+        self._train_biases(name, spec, targets, saved)
+        layers = [self._layer(target) for target in targets]
+        methods = [spec.at(method, target) for target in targets]
+        gens = [torch.Generator().manual_seed(seed_of(spec.seed, name=target.key)) for target in targets]
+        sites = {}
+        for target, layer, own_method, p in zip(targets, layers, methods, init_sites(methods, layers, gens)):
+            site = Site(layer, own_method, place(p, layer.weight().device))
+            sites[target.key] = site
+            self.banks[target.name].sites.setdefault(name, []).append(site)
+        return Adapter(name, spec, method, sites, {target.key: target for target in targets})
+
+    def _layer(self, target: Target) -> Layer:
+        """The view of a target: the bank's own of the whole module, or one of some rows."""
+        whole = self._bank(target.name).layer
+        return whole if target.rows is None else view(whole.module, target.name, target.rows)
+
+    def remove(self, name: str) -> None:
+        """Take an adapter off the model; a module that carries none any more gets its own forward back."""
+        self._not_merged()
+        self._known([name])
+        self.use(*(other for other in self.flow.active if other != name))
+        self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        """Drop an adapter's tensors, and the forwards of modules that carry none any more."""
+        self.adapters.pop(name, None)
+        self.flow.seeds.pop(name, None)
+        for module_name, bank in list(self.banks.items()):
+            bank.sites.pop(name, None)
+            if not bank.sites:
+                del self.banks[module_name]
+        for module_name, overlay in list(self.overlays.items()):
+            overlay.p.pop(name, None)
+            if not overlay.p:
+                del self.overlays[module_name]
+        self._lay()
+
+    def detach(self) -> None:
+        """Take everything off: the model is again what it was, bit for bit."""
+        self.unmerge()
+        for name in list(self.adapters):
+            self.remove(name)
+        self._hook.remove()
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))
+
+    def _bank(self, name: str) -> Bank:
+        if name not in self.banks:
+            self.banks[name] = Bank(self.model.get_submodule(name), name, self.flow, input_group(name))
+            self._lay()
+        return self.banks[name]
+
+    def _overlay(self, name: str) -> Overlay:
+        if name not in self.overlays:
+            self.overlays[name] = Overlay(self.model.get_submodule(name), name, self.flow)
+            self._lay()
+        return self.overlays[name]
+
+    def _lay(self, *, off: bool = False) -> None:
+        """Put each module's forwards in order: its own, then an overlay's, then the bank's."""
+        for name in {*self.banks, *self.overlays, *self._forwards}:
+            module = self.model.get_submodule(name)
+            if name not in self._forwards:
+                self._forwards[name] = module.__dict__.get("forward")
+            own = self._forwards[name]
+            forward = own if own is not None else type(module).forward.__get__(module)
+            overlay, bank = self.overlays.get(name), self.banks.get(name)
+            if overlay is not None and not off:
+                overlay.base_forward, forward = forward, overlay.forward
+            if bank is not None and not off:
+                bank.overlay, bank.base_forward, forward = overlay, forward, bank.forward
+            if off or (overlay is None and bank is None):
+                module.__dict__.pop("forward", None)
+                if own is not None:
+                    module.__dict__["forward"] = own
+            else:
+                module.__dict__["forward"] = forward
+
+    def _train_biases(
+        self, adapter: str, spec: AdapterSpec, targets: Sequence[Target], saved: Sequence[str]
+    ) -> None:
+        """Give the adapter its own biases: of the layers it sits on (lora_only), or of every module (all)."""
+        if spec.bias == "none":
+            return
+        if spec.bias not in ("all", "lora_only"):
+            raise UserError(f"bias is {spec.bias!r}", hint="it can be none, all or lora_only")
+        chosen = {target.name for target in targets}
+        for name, module in self.model.named_modules():
+            if isinstance(module._parameters.get("bias"), nn.Parameter) and (
+                spec.bias == "all" or name in chosen
+            ):
+                if not any(name == s or name.startswith(s + ".") for s in saved):
+                    self._overlay(name).add(adapter, ["bias"])
+
+    def _modules_named(self, wanted: Sequence[str]) -> list[str]:
+        """The full names of the modules to train whole.
+
+        raises  UserError if one matches nothing, or has no parameters
+        """
+        found = []
+        for entry in wanted:
+            names = [
+                n for n, _ in self.model.named_modules() if n and (n == entry or n.endswith("." + entry))
+            ]
+            names = [n for n in names if any(True for _ in self.model.get_submodule(n).parameters())]
+            if not names:
+                leaves = {n.rpartition(".")[2] for n, _ in self.model.named_modules() if n}
+                raise UserError(
+                    f"modules_to_save: {entry!r} is no module with weights", hint=did_you_mean(entry, leaves)
+                )
+            found += names
+        return found
+
+    # ---- which are in use -------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.adapters)
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        return self.flow.active
+
+    def use(self, *names: str | None) -> None:
+        """Switch to these adapters, summed; to none at all without a name. Costs nothing: no weight moves.
+
+        raises  UserError if one is unknown, or two of them scale the whole output of one layer (DoRA)
+        """
+        self._not_merged()
+        self._not_held()
+        chosen = tuple(name for name in names if name is not None)
+        self._known(chosen)
+        self._routing = self.flow.mask_BMK = None
+        self.flow.active = chosen
+        if len(chosen) > 1:
+            self._check_sum(chosen)
+
+    def _check_sum(self, chosen: Sequence[str]) -> None:
+        gained = [n for n in chosen if any(has_gain(site) for site in self.adapters[n].sites.values())]
+        dropped = [n for n in chosen if self.adapters[n].method.dropout]
+        if len(gained) > 1 or (gained and len(chosen) > 1):
+            self.flow.active = ()
+            raise UserError(
+                f"{', '.join(gained)} scales the whole output of a layer, so it cannot be summed with others"
+            )
+        if dropped and self.flow.training:
+            self.flow.active = ()
+            raise UserError(
+                f"{', '.join(dropped)} trains with dropout, so each token must have one adapter",
+                hint="route rows to adapters, or set dropout to 0",
+            )
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The base model, for as long as this lasts."""
+        before, routing, mask = self.flow.active, self._routing, self.flow.mask_BMK
+        self.use()
+        try:
+            yield
+        finally:
+            self.flow.active, self._routing, self.flow.mask_BMK = before, routing, mask
+
+    @contextmanager
+    def routed(self, rows: Sequence[str | None]) -> Iterator[None]:
+        """One adapter for each row of the batch, or None for the base, as long as this lasts.
+
+        source  LoRA paper, section 4.2
+        """
+        self._not_merged()
+        self._not_held()
+        chosen = list(dict.fromkeys(name for name in rows if name is not None))
+        self._known(chosen)
+        before, routing, mask = self.flow.active, self._routing, self.flow.mask_BMK
+        self.flow.active = tuple(chosen)
+        if (len(chosen) == 1 and None not in rows) or not chosen:
+            self._routing = None  # one owner for all: nothing to mask
+        else:
+            device = next(self.model.parameters()).device
+            table = [[name == row for name in chosen] for row in rows]
+            self._routing = torch.tensor(table, device=device)[:, None, :]
+        self.flow.mask_BMK = self._routing
+        try:
+            yield
+        finally:
+            self.flow.active, self._routing, self.flow.mask_BMK = before, routing, mask
+
+    def _known(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name not in self.adapters:
+                raise UserError(f"there is no adapter named {name!r}", hint=did_you_mean(name, self.adapters))
+
+    # ---- training ---------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Dropout on. The base model's own mode is not touched."""
+        self.flow.training = True
+
+    def eval(self) -> None:
+        """Dropout off."""
+        self.flow.training = False
+
+    def parameters(self, *names: str) -> list[nn.Parameter]:
+        """What trains, each tensor once: of these adapters, or of all."""
+        return [parameter for _, parameter in self.named_parameters(*names)]
+
+    def named_parameters(self, *names: str) -> list[tuple[str, nn.Parameter]]:
+        """What trains, by a stable name: `adapter|layer/tensor`."""
+        chosen = names or tuple(self.adapters)
+        found: dict[int, tuple[str, nn.Parameter]] = {}
+        for name in chosen:
+            for key, tensor in self.adapters[name].named_tensors():
+                if isinstance(tensor, nn.Parameter):
+                    found.setdefault(id(tensor), (f"{name}|{key}", tensor))
+            for key, tensor in self.overlaid(name):
+                found[id(tensor)] = (f"{name}|{key}", tensor)
+        return list(found.values())
+
+    def overlaid(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """The base's parameters that an adapter replaces by its own, by the base's full names."""
+        for module_name, overlay in self.overlays.items():
+            for tensor_name, tensor in overlay.p.get(name, {}).items():
+                yield f"{module_name}.{tensor_name}", tensor
+
+    def groups(self, lr: float) -> list[dict[str, Any]]:
+        """Optimizer groups of the active adapters: the method's, and one for what is trained whole."""
+        groups: list[dict[str, Any]] = []
+        for name in self.flow.active:
+            adapter = self.adapters[name]
+            groups += adapter.method.groups(list(adapter.sites.values()), lr)
+            whole = unique(tensor for _, tensor in self.overlaid(name))
+            groups += [{"params": whole, "lr": lr}] if whole else []
+        return groups
+
+    @contextmanager
+    def batch(self, *, step: int, token_BT: Tensor | None = None) -> Iterator[None]:
+        """Name the step and its tokens, so that dropout does not depend on how the step is split."""
+        self._explicit, self.flow.clock, self.flow.token_BT = True, step, token_BT
+        try:
+            yield
+        finally:
+            self._explicit, self.flow.token_BT = False, None
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Compute each layer's rows once for all forward passes inside, and bring their gradient back at the end.
+
+        Parameters must not move meanwhile. One LoRA alone is used as it is, held or not.
+        """
+        self._not_held()
+        pairs = [pair for bank in self.banks.values() for pair in bank.hold()]
+        try:
+            yield
+            reached = [(built, leaf.grad) for built, leaf in pairs if leaf.grad is not None]
+            if reached:
+                torch.autograd.backward([built for built, _ in reached], [grad for _, grad in reached])
+        finally:
+            for bank in self.banks.values():
+                bank.held = None
+
+    def _see(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before each forward pass of the model: how many tokens there are, and which of them adapters touch."""
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        flow = self.flow
+        flow.tokens = None
+        if isinstance(ids, Tensor) and ids.dim() >= 2:
+            flow.tokens = (ids.shape[0], ids.shape[1])
+        if flow.training and not self._explicit:
+            flow.clock += 1
+        flow.mask_BMK = self._routing
+        if any(self.adapters[name].method.per_token for name in flow.active):
+            if not isinstance(ids, Tensor) or ids.is_floating_point():
+                raise UserError("an adapter here chooses tokens by their ids: call the model with input_ids")
+            flow.mask_BMK = self._by_token(ids, kwargs.get("position_ids"))
+
+    def _by_token(self, ids_BT: Tensor, position_BT: Tensor | None) -> Tensor:
+        """The mask of owners (B, T, K) when some methods choose among tokens."""
+        active = self.flow.active
+        if self._routing is None:
+            mask_BTK = torch.ones(*ids_BT.shape, len(active), dtype=torch.bool, device=ids_BT.device)
+        else:
+            mask_BTK = self._routing.expand(-1, ids_BT.shape[1], -1).clone()
+        for k, name in enumerate(active):
+            if self.adapters[name].method.per_token:
+                mask_BTK[..., k] &= self.adapters[name].method.token_mask(ids_BT, position_BT)
+        return mask_BTK
+
+    # ---- merging ----------------------------------------------------------------------------------------
+
+    def merge(self, *names: str) -> None:
+        """Fold adapters (the active ones, or those named) into the weights: W0 + delta, from pristine W0.
+
+        The base's own parameters are kept aside, so that unmerging, or merging another, restores their bits.
+        Costs a second copy of the adapted weights. The merged model runs without any of our code.
+
+        raises  NotMergeable if a method's effect is not a change of W; NonFinite if a merged weight is not finite
+        """
+        chosen = names or self.merged or self.flow.active
+        self.unmerge()
+        self.use(*chosen)
+        if any(self.adapters[name].method.per_token for name in chosen):
+            raise NotMergeable(f"{', '.join(chosen)} touches only some tokens, so it cannot be merged")
+        try:
+            for bank in self.banks.values():
+                if any(name in bank.sites for name in chosen):
+                    with torch.no_grad():
+                        self._exchange(bank.module, bank.name, "weight", bank.merged_weight())
+            for overlay in self.overlays.values():
+                for name, tensor in (
+                    pair for adapter in chosen for pair in overlay.p.get(adapter, {}).items()
+                ):
+                    path, _, leaf = name.rpartition(".")
+                    self._exchange(overlay.module.get_submodule(path), overlay.name, leaf, tensor.detach())
+        except BaseException:
+            self._restore()
+            raise
+        self.merged = tuple(chosen)
+        self._lay(off=True)
+
+    def _exchange(self, module: nn.Module, name: str, leaf: str, value: Tensor) -> None:
+        """Put a new parameter in a module and keep its own."""
+        own = module._parameters[leaf]
+        assert own is not None
+        if not value.isfinite().all():
+            raise NonFinite(
+                f"the merged {name}.{leaf} is not finite", hint="the adapter holds NaN or infinity"
+            )
+        self._pristine.append((module, leaf, own))
+        module._parameters[leaf] = nn.Parameter(value.to(own.dtype), requires_grad=False)
+
+    def _restore(self) -> None:
+        while self._pristine:
+            module, leaf, own = self._pristine.pop()
+            module._parameters[leaf] = own
+
+    def unmerge(self) -> None:
+        """Put the base's own parameters back, the very same tensors."""
+        if self.merged:
+            self._restore()
+            self.merged = ()
+            self._lay()
+
+    def _not_merged(self) -> None:
+        if self.merged:
+            raise UserError(
+                f"{', '.join(self.merged)} is merged into the weights", hint="call unmerge() first"
+            )
+
+    def _not_held(self) -> None:
+        if any(bank.held is not None for bank in self.banks.values()):
+            raise RuntimeError("the bank is held: leave hold() before switching adapters")
+
+
+def init_sites(
+    own: Sequence[Method], layers: Sequence[Layer], gens: Sequence[torch.Generator]
+) -> list[dict[str, Tensor]]:
+    """Each site's tensors; layers whose method has the same settings are made together."""
+    tensors: list[dict[str, Tensor]] = [{} for _ in own]
+    for method in dict.fromkeys(own):
+        members = [i for i, other in enumerate(own) if other == method]
+        made = method.init_all([layers[i] for i in members], [gens[i] for i in members])
+        for i, p in zip(members, made):
+            tensors[i] = p
+    return tensors
+
+
+def place(p: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """A site's tensors on a device, in place, so that what is shared stays shared."""
+    for tensor in p.values():
+        if tensor.device != device:
+            tensor.data = tensor.data.to(device)
+    return p
+
+
+def seed_of(seed: int, *, name: str) -> int:
+    """A generator's seed for one layer: it does not depend on which other layers there are."""
+    return int(digest(str(seed), name)[:15], 16)
+
+
+def has_gain(site: Site) -> bool:
+    pair = getattr(site.method, "pair", None)
+    with torch.no_grad():
+        return pair is not None and pair(site.layer, site.p).gain is not None
+
+
+def check_patterns(spec: AdapterSpec, targets: Sequence[Target]) -> None:
+    """Refuse a rank or alpha pattern that matches no target."""
+    for setting, patterns in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern)):
+        for pattern in patterns:
+            if not any(pattern_matches(pattern, target) for target in targets):
+                leaves = {target.name.rpartition(".")[2] for target in targets}
+                raise UserError(
+                    f"{setting}: {pattern!r} matches no layer with an adapter",
+                    hint=did_you_mean(pattern, leaves),
+                )
+
+
+def attach(model: nn.Module, method: str = "lora", *, name: str = "default", **settings: Any) -> Adapters:
+    """Put an adapter on a model and freeze everything else.
+
+    settings  the fields of AdapterSpec (r, alpha, dropout, target_modules, seed ...); what is none of them
+              goes to the method as its own setting
+
+    raises  UserError if a setting is unknown or does not fit the model
+    """
+    known = AdapterSpec.__dataclass_fields__
+    own = {key: value for key, value in settings.items() if key in known}
+    options = {key: value for key, value in settings.items() if key not in known}
+    spec = AdapterSpec(method=method, **({"options": options} | own))
+    spec.make()  # unknown names are refused before the model is touched
+    adapters = Adapters(model)
+    try:
+        adapters.add(name, spec)
+    except BaseException:
+        adapters.detach()
+        raise
+    return adapters
+
+
+def is_tied(model: nn.Module) -> bool:
+    """Whether the output head and the input embedding are one tensor."""
+    head = output_head(model)
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    return (
+        head is not None
+        and embedding is not None
+        and getattr(head, "weight", 0) is getattr(embedding, "weight", 1)
+    )

@@ -1,0 +1,300 @@
+"""The bank: the rows of all adapters on one layer, side by side, and who owns which.
+
+    z = (x A^T) * e,   z[t, row] = 0 where token t does not own the row,   y = gain * (x W^T + z B^T) + bias
+
+All adapters' rows of A stand in one (R, I) matrix and their columns of B in one (O, R), so that any mixture of
+adapters in a batch costs two products. One adapter is the case K = 1: its own tensors are used as they are,
+without a copy and without a mask.
+
+shapes  B batch, T tokens, K active adapters, I in, O out, R rows of all active adapters
+source  LoRA paper, arXiv:2106.09685, section 4.2 (a choice of adapter for each sample in a batch)
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UserError
+from .kernels.dropout import keyed_dropout, token_key
+from .layers import view
+from .methods.base import LowRank, Pair, Site
+
+
+@dataclass
+class Flow:
+    """What all banks of a model share: which adapters are active, and what the current forward pass is about.
+
+    active    names of the adapters in use, K of them
+    mask_BMK  which of them owns a token, bool, M = T or 1 (the same for the whole row); None: each owns all
+    token_BT  the numbers that key dropout; None: the place in the batch
+    clock     steps, or forward passes where nobody counts steps: keys dropout too
+    """
+
+    active: tuple[str, ...] = ()
+    mask_BMK: Tensor | None = None
+    tokens: tuple[int, int] | None = None  # (B, T) of the current pass
+    token_BT: Tensor | None = None
+    clock: int = 0
+    training: bool = False
+    seeds: dict[str, int] = field(default_factory=dict)
+
+    def owner(self) -> Tensor:
+        """The index of the adapter that owns a token, (B, M) int64; K where none does."""
+        assert self.mask_BMK is not None
+        nobody = len(self.active)
+        return torch.where(self.mask_BMK.any(-1), self.mask_BMK.int().argmax(-1), nobody)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows that are multiplied together: those of all adapters, or a frozen pair that many layers share.
+
+    owner_R  (R,) the index of each row's adapter; None if K = 1
+    rows     where the columns' outputs belong in the module, if they are not spread already
+    """
+
+    A: Tensor
+    B: Tensor
+    e: float | Tensor
+    out: Tensor | None = None
+    owner_R: Tensor | None = None
+    rows: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Compute:
+    """What one layer computes for the active adapters."""
+
+    segments: list[Segment]
+    gain: Tensor | None  # (O,) if K = 1, else (K + 1, O) with a last row of ones for tokens that nobody owns
+    others: list[tuple[int, Site]]  # methods that are no low-rank pair, with the index of their adapter
+    rates: list[float]  # dropout by adapter
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The tensors that gradients flow into."""
+        for segment in self.segments:
+            parts = (segment.A, segment.B, segment.e, segment.out)
+            yield from (part for part in parts if isinstance(part, Tensor))
+        if self.gain is not None:
+            yield self.gain
+
+
+class Bank:
+    """All adapters on one module, in place of its `forward`; the module and its parameters stay as they are."""
+
+    def __init__(self, module: nn.Module, name: str, flow: Flow, group: str) -> None:
+        self.module, self.name, self.flow = module, name, flow
+        self.layer = view(module, name)
+        self.sites: dict[
+            str, list[Site]
+        ] = {}  # by adapter; several if q, k, v of one module are adapted apart
+        self.held: Compute | None = None
+        self.group = zlib.crc32(group.encode())  # layers with one input share dropout masks
+        self.base_forward = module.forward  # an overlay's, if it came first
+        self.overlay: Any = None  # what trains this module's bias, if anything does
+
+    # ---- what the layer computes ------------------------------------------------------------------------
+
+    def build(self) -> Compute | None:
+        """The active adapters' tensors side by side; None if none of them is on this layer."""
+        wide: list[tuple[int, Site, Pair]] = []
+        segments: list[Segment] = []
+        others: list[tuple[int, Site]] = []
+        gains: dict[int, Tensor] = {}
+        many = len(self.flow.active) > 1 or self.flow.mask_BMK is not None
+        for k, name in enumerate(self.flow.active):
+            for site in self.sites.get(name, ()):
+                if not isinstance(site.method, LowRank):
+                    others.append((k, site))
+                    continue
+                pair = site.method.pair(site.layer, site.p)
+                if pair.gain is not None:
+                    gain_O = site.layer.spread(pair.gain, 1.0)
+                    gains[k] = gains[k] * gain_O if k in gains else gain_O
+                if pair.shared:
+                    segments.append(shared_segment(k, site, pair, many))
+                else:
+                    wide.append((k, site, pair))
+        if wide:
+            segments.insert(0, wide_segment(wide, many))
+        if not segments and not others:
+            return None
+        rates = [next((s.method.dropout for s in self.sites.get(n, ())), 0.0) for n in self.flow.active]
+        return Compute(segments, self.gain_table(gains, many), others, rates)
+
+    def gain_table(self, gains: dict[int, Tensor], many: bool) -> Tensor | None:
+        """The adapters' gains, (O,) or (K + 1, O); None if no method has one."""
+        if not gains:
+            return None
+        if not many:
+            return gains[0]
+        one_O = torch.ones_like(next(iter(gains.values())))
+        return torch.stack([gains.get(k, one_O) for k in range(len(self.flow.active) + 1)])
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output with the active adapters' updates: every call of the module comes here."""
+        y = self.base_forward(x, *args, **kwargs)
+        compute = self.held or self.build()
+        if compute is None:
+            return y
+        wx = self.layer.last(y)
+        x = self.drop(x, compute)
+        u = None
+        for segment in compute.segments:
+            part = self.low_rank(x, segment, wx)
+            u = part if u is None else u + part
+        for k, site in compute.others:
+            part = self.apart(x, k, site, wx)
+            u = part if u is None else u + part
+        assert u is not None
+        if compute.gain is not None:
+            u = self.with_gain(u, wx, compute.gain)
+        return self.layer.unlast(wx + u)
+
+    def low_rank(self, x: Tensor, segment: Segment, wx: Tensor) -> Tensor:
+        """The update of one segment, features last, in the dtype of the base's output."""
+        z = self.layer.down(x, segment.A.to(wx.dtype))
+        z = z * (segment.e.to(wx.dtype) if isinstance(segment.e, Tensor) else segment.e)
+        if segment.owner_R is not None and self.flow.mask_BMK is not None:
+            z = torch.where(self.fit(z)[..., segment.owner_R], z, 0)
+        u = self.layer.up(z, segment.B.to(wx.dtype))
+        if segment.out is not None:
+            u = u * segment.out.to(wx.dtype)
+        if segment.rows is not None:
+            u = torch.zeros_like(wx).index_add(-1, segment.rows, u)
+        return u
+
+    def apart(self, x: Tensor, k: int, site: Site, wx: Tensor) -> Tensor:
+        """The update of a method that is no low-rank pair."""
+        p = {
+            name: tensor.to(wx.dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in site.p.items()
+        }
+        rows = site.layer.rows
+        u = site.method.update(site.layer, p, x, wx if rows is None else wx[..., rows])
+        if rows is not None:
+            u = torch.zeros_like(wx).index_add(-1, rows, u)
+        return u if self.flow.mask_BMK is None else torch.where(self.fit(u)[..., k : k + 1], u, 0)
+
+    def with_gain(self, u: Tensor, wx: Tensor, gain: Tensor) -> Tensor:
+        """What is added when the bias-free output is scaled too: (gain - 1) x W^T + gain u."""
+        if self.flow.mask_BMK is not None:
+            gain = gain[self.fit(u, self.flow.owner()[..., None])[..., 0]]
+        gain, bias = gain.to(wx.dtype), self.layer.bias()
+        if bias is not None and self.overlay is not None and len(self.flow.active) == 1:
+            bias = self.overlay.p.get(self.flow.active[0], {}).get("bias", bias)
+        return (gain - 1) * (wx if bias is None else wx - bias) + gain * u
+
+    # ---- tokens -----------------------------------------------------------------------------------------
+
+    def fit(self, z: Tensor, by_token: Tensor | None = None) -> Tensor:
+        """A (B, M, ...) table shaped to go with z (..., features).
+
+        raises  UserError if the layer's tokens are not the batch's, as behind a router
+        """
+        table = self.flow.mask_BMK if by_token is None else by_token
+        assert table is not None
+        batch, many, last = table.shape
+        sizes = z.shape[:-1]
+        if sizes[0] in (batch, 1) and (many == 1 or (len(sizes) == 2 and sizes[1] == many)):
+            return table.view(batch, *([1] * (len(sizes) - 2)), *([many] if len(sizes) > 1 else []), last)
+        if self.flow.tokens is not None and sizes.numel() == self.flow.tokens[0] * self.flow.tokens[1]:
+            return table.expand(batch, self.flow.tokens[1], last).reshape(*sizes, last)
+        raise UserError(
+            f"{self.name} sees {tuple(sizes)} tokens where the batch has {self.flow.tokens or (batch, many)}: "
+            "it cannot be told which adapter each of them belongs to",
+            hint="use one adapter at a time on this layer, or leave it out of target_modules",
+        )
+
+    def drop(self, x: Tensor, compute: Compute) -> Tensor:
+        """The adapters' input with keyed dropout; x itself when not training or where no rate is set."""
+        if not (self.flow.training and any(compute.rates) and self.layer.takes_dropout):
+            return x
+        features = self.layer.last(x) if x.dim() > 3 else x
+        token = self.flow.token_BT
+        if token is None or token.numel() != features.shape[:-1].numel():
+            token = torch.arange(features.shape[:-1].numel(), device=x.device)
+        token = token.reshape(features.shape[:-1])
+        seeds = [self.flow.seeds[name] for name in self.flow.active]
+        rate: Tensor | float = compute.rates[0]
+        seed: Tensor | int = seeds[0]
+        if self.flow.mask_BMK is not None:
+            owner = self.fit(features, self.flow.owner()[..., None])[..., 0].expand(token.shape)
+            rate = torch.tensor([*compute.rates, 0.0], dtype=torch.float64, device=x.device)[owner]
+            seed = torch.tensor([*seeds, 0], device=x.device)[owner]
+        key = token_key(token, seed=seed, step=self.flow.clock, group=self.group)
+        dropped = keyed_dropout(features, key, rate)
+        return self.layer.unlast(dropped) if x.dim() > 3 else dropped
+
+    # ---- holding: compute once a step -------------------------------------------------------------------
+
+    def hold(self) -> list[tuple[Tensor, Tensor]]:
+        """Build once and keep it; returns (built, stand-in) for each tensor whose gradient must go back.
+
+        A tensor that is itself a parameter needs no stand-in: its gradient arrives by itself.
+        """
+        compute = self.build()
+        if compute is None:
+            return []
+        pairs: list[tuple[Tensor, Tensor]] = []
+
+        def stand_in(tensor: Any) -> Any:
+            if not isinstance(tensor, Tensor) or tensor.is_leaf or not tensor.requires_grad:
+                return tensor
+            leaf = tensor.detach().requires_grad_()
+            pairs.append((tensor, leaf))
+            return leaf
+
+        segments = [
+            replace(s, A=stand_in(s.A), B=stand_in(s.B), e=stand_in(s.e), out=stand_in(s.out))
+            for s in compute.segments
+        ]
+        self.held = replace(compute, segments=segments, gain=stand_in(compute.gain))
+        return pairs
+
+    # ---- merging ----------------------------------------------------------------------------------------
+
+    def merged_weight(self) -> Tensor:
+        """W0 plus the active adapters' deltas, in the module's own layout: summed in float32, rounded once."""
+        w = self.layer._tensor("weight").detach()
+        total = self.layer.matrix(w).to(torch.promote_types(w.dtype, torch.float32)).clone()
+        for name in self.flow.active:
+            for site in self.sites.get(name, ()):
+                total += site.layer.spread(site.method.delta(site.layer, site.p).detach().to(total))
+        return self.layer.like_weight(total).to(w.dtype).contiguous()
+
+
+def wide_segment(parts: list[tuple[int, Site, Pair]], many: bool) -> Segment:
+    """All rows in one matrix; a single pair is used as it is."""
+    if len(parts) == 1 and not many and parts[0][1].layer.rows is None:
+        pair = parts[0][2]
+        return Segment(pair.A, pair.B, pair.e, pair.out)
+    a_RI = torch.cat([pair.A for _, _, pair in parts])
+    b_OR = torch.cat([site.layer.spread(scaled(pair.B, pair.out)) for _, site, pair in parts], dim=1)
+    rates = [pair.e for _, _, pair in parts]
+    e: float | Tensor
+    if all(isinstance(rate, float) and rate == rates[0] for rate in rates):
+        e = rates[0]
+    else:
+        e = torch.cat([rate * a_RI.new_ones(len(pair.A)) for rate, (_, _, pair) in zip(rates, parts)])
+    owner_R = None
+    if many:
+        sizes = torch.tensor([len(pair.A) for _, _, pair in parts], device=a_RI.device)
+        owner_R = torch.repeat_interleave(torch.tensor([k for k, _, _ in parts], device=a_RI.device), sizes)
+    return Segment(a_RI, b_OR, e, owner_R=owner_R)
+
+
+def shared_segment(k: int, site: Site, pair: Pair, many: bool) -> Segment:
+    """A frozen pair that other layers use too: never copied, so it stays apart from the wide rows."""
+    owner_R = torch.full((len(pair.A),), k, device=pair.A.device) if many else None
+    return Segment(pair.A, pair.B, pair.e, pair.out, owner_R, site.layer.rows)
+
+
+def scaled(b_OR: Tensor, out: Tensor | None) -> Tensor:
+    return b_OR if out is None else out[:, None] * b_OR

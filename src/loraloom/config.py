@@ -1,0 +1,439 @@
+"""The settings of a run: one schema for YAML files, flags, Python and the docs.
+
+`resolve` merges the sources (default < file < flag), refuses unknown keys with the nearest name, and
+remembers where each value came from. Settings that only the run can know (`auto`) are filled in by the
+trainer, which stores them with the origin "auto".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import UserError, did_you_mean
+
+Auto = Literal["auto"]
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A group of settings; a key that it does not have is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """The frozen base."""
+
+    id: str = Field(description="a folder with a transformers model, or a Hugging Face id")
+    revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face id")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="the base's number format; auto: bfloat16 on a GPU that has it, else float32"
+    )
+    device: str = Field("auto", description="cpu, cuda, cuda:1 ...; auto: the first GPU, else the CPU")
+    attention: Literal["sdpa", "eager"] = Field("sdpa", description="the attention of transformers to use")
+    allow_pickle: bool = Field(
+        False, description="read .bin weights, which can run code when loaded; safetensors cannot"
+    )
+
+
+class Source(Section):
+    """One data set among several."""
+
+    path: str = Field(description="a file, or hf:ID of a Hugging Face data set")
+    split: str = Field("train", description="the split of a Hugging Face data set, also train[:1000]")
+    repeat: Positive = Field(1, description="how many times its rows stand in one epoch")
+
+
+class DataConfig(Section):
+    """What is trained on."""
+
+    train: list[Source] = Field(description="a file, hf:ID, or a list of {path, split, repeat}")
+    eval: str | Annotated[float, Field(ge=0)] = Field(
+        0.05, description="the validation set: a share of the rows, a number of rows, or a file; 0 for none"
+    )
+    format: Literal["auto", "alpaca", "prompt_completion", "messages", "sharegpt", "text"] = Field(
+        "auto", description="the shape of the rows; auto: seen from their fields"
+    )
+    map: dict[str, str] = Field({}, description="our field: your column, such as prompt: question")
+    prompt: Literal["auto", "chat", "alpaca", "plain"] = Field(
+        "auto",
+        description="how a prompt is written: the tokenizer's chat template, Alpaca's style, or as it is; "
+        "auto: chat if the tokenizer has a template, else alpaca for Alpaca rows, else plain",
+    )
+    system: str | None = Field(None, description="a system message for rows that bring none")
+    loss_on: Literal["completion", "last_turn", "all"] = Field(
+        "completion", description="which tokens carry loss: every answer, only the last answer, or all tokens"
+    )
+    max_length: Positive | Auto = Field(
+        "auto", description="tokens per example; auto: the 99.5th percentile, at most what the model takes"
+    )
+    too_long: Literal["drop", "error", "truncate", "split"] = Field(
+        "drop", description="what to do with examples over max_length"
+    )
+    max_lost: Fraction = Field(
+        0.05,
+        description="stop if a larger share of the rows is dropped or cut; raise it to go on all the same",
+    )
+    packing: bool = Field(True, description="several examples share a row, and do not see each other")
+    encoding: str = Field("auto", description="of text files; auto: utf-8, or what the byte order mark says")
+    limit: Positive | None = Field(None, description="use only the first so many rows")
+    duplicates: Literal["drop", "keep"] = Field("drop", description="rows that stand in the set twice")
+
+    @model_validator(mode="before")
+    @classmethod
+    def one_source(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and "train" in value:
+            train = value["train"]
+            train = train if isinstance(train, list) else [train]
+            return {**value, "train": [{"path": item} if isinstance(item, str) else item for item in train]}
+        return value
+
+
+class TrainConfig(Section):
+    """How it is trained."""
+
+    epochs: Annotated[float, Field(gt=0)] = Field(1, description="passes over the training set")
+    max_steps: Positive | None = Field(None, description="optimizer steps, whatever `epochs` says")
+    learning_rate: Annotated[float, Field(gt=0)] | Auto = Field(
+        "auto", description="of the first parameter group; auto: the method's own default"
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")
+    warmup: Annotated[float, Field(ge=0)] = Field(
+        0.03, description="steps of linear warm-up; below 1 a share of all steps"
+    )
+    batch_size: Positive | None = Field(
+        None, description="examples per optimizer step (16 if neither is set)"
+    )
+    batch_tokens: Positive | None = Field(
+        None, description="tokens per optimizer step, instead of batch_size"
+    )
+    micro_tokens: Positive | Auto = Field(
+        "auto", description="tokens per forward pass; changes memory and speed, not the result"
+    )
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="of torch.optim")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="on matrices, not on vectors")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="of AdamW")
+    momentum: Fraction = Field(0.9, description="of SGD")
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(1.0, description="clipping; null: none")
+    gradient_checkpointing: bool = Field(
+        False, description="keep only each layer's input and compute the rest again: less memory, more time"
+    )
+    seed: int = Field(0, description="of the initial adapter, the order of the data and dropout")
+    save_every: Positive | None = Field(None, description="steps between checkpoints; null: by save_minutes")
+    save_minutes: Annotated[float, Field(gt=0)] | None = Field(10, description="minutes between checkpoints")
+    keep: Positive = Field(2, description="how many checkpoints are kept")
+    early_stop: Positive | None = Field(
+        3, description="stop after so many evaluations without a better loss; null: never"
+    )
+
+    @model_validator(mode="after")
+    def one_batch(self) -> TrainConfig:
+        if self.batch_size is not None and self.batch_tokens is not None:
+            raise ValueError("batch_size and batch_tokens are two ways to say one thing: set one of them")
+        return self
+
+
+class EvalConfig(Section):
+    """What is measured while training."""
+
+    every: Positive | Auto = Field("auto", description="steps between evaluations; auto: ten in a run")
+    prompts: list[str] = Field(
+        [], description="prompts to answer at each evaluation; empty: three held-out ones"
+    )
+    max_new_tokens: Positive = Field(64, description="length of an answer")
+
+
+class RunConfig(Section):
+    """A whole run. `model`, `data` and `output` are enough."""
+
+    model: ModelConfig
+    data: DataConfig
+    output: str = Field(description="the run folder to make")
+    method: dict[str, Any] = Field(
+        {"name": "lora"}, description="a name, such as rslora, or {name: ..., and the method's own options}"
+    )
+    r: Positive = Field(16, description="the rank")
+    alpha: Annotated[float, Field(gt=0)] | str = Field(
+        "2r", description="the scale's numerator: a number, or 2r"
+    )
+    dropout: Fraction = Field(0.0, description="on the adapter's input")
+    target_modules: list[str] | str = Field(
+        "all-linear",
+        description="all-linear; a regular expression that matches whole names; or a list of names, suffixes and "
+        "roles (q, k, v, o, mlp, head, embed)",
+    )
+    layers: str | None = Field(None, description="only these layers, such as 0-11,20; the first is 0")
+    rank_pattern: dict[str, Positive] = Field(
+        {}, description="r for the layers whose name matches the pattern"
+    )
+    alpha_pattern: dict[str, float] = Field(
+        {}, description="alpha for the layers whose name matches the pattern"
+    )
+    bias: Literal["none", "all", "lora_only"] = Field("none", description="which biases are trained too")
+    modules_to_save: list[str] = Field([], description="modules trained whole, such as a new head")
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def alpha_is_a_number_or_multiple(self) -> RunConfig:
+        resolve_alpha(self.alpha, self.r)
+        return self
+
+
+FREE = ("data.map", "rank_pattern", "alpha_pattern")  # the user's own keys stand below these
+SHORT = {"model": "id", "data": "train", "method": "name"}  # `model: x` means `model: {id: x}`
+
+
+def resolve_alpha(alpha: float | str, r: int) -> float:
+    """alpha as a number: 32, "32", or a multiple of the rank such as "2r".
+
+    raises  ValueError if it is neither
+    """
+    if isinstance(alpha, str):
+        match = re.fullmatch(r"(\d*\.?\d*)\s*\*?\s*(r?)", alpha.strip())
+        if not match or not (match[1] or match[2]) or match[1] == ".":
+            raise ValueError(f"alpha is {alpha!r}: use a number or a multiple of the rank, such as 2r")
+        return float(match[1] or 1) * (r if match[2] else 1)
+    return float(alpha)
+
+
+def resolve(
+    file: Path | str | None = None, settings: Mapping[str, Any] | None = None
+) -> tuple[RunConfig, dict[str, str]]:
+    """The run's settings and the origin of each, by dotted name: "default", "file" or "flag".
+
+    settings  dotted names to values; they win over the file's
+
+    raises  UserError for an unknown key, a wrong value or a missing setting: all of them at once
+    """
+    tree, lines = read_file(file) if file is not None else ({}, {})
+    origins = dict.fromkeys(flatten(tree), "file")
+    for key, value in (settings or {}).items():
+        for name, leaf in flatten(expand_short({key: value})).items():
+            drop_below(origins, name)
+            assign(tree, name, leaf)
+            origins[name] = "flag"
+    config = validate(tree, origins, file=file, lines=lines)
+    every = dict.fromkeys(flatten(config.model_dump()), "default")
+    return config, {name: origins.get(name, origin_above(name, origins)) for name in every}
+
+
+def read_file(path: Path | str) -> tuple[dict[str, Any], dict[str, int]]:
+    """A YAML file as a tree with the short forms written out, and the line of each dotted name.
+
+    raises  UserError if there is no such file, it is not YAML, or it sets a key twice
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no configuration file {path}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        tree = yaml.safe_load(text) or {}
+        node = yaml.compose(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path} is not YAML", details=[line for line in str(error).splitlines() if line]
+        ) from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold key: value lines", hint="three are enough: model, data, output")
+    lines = {name: line for name, line in key_lines(node)}
+    seen = [name for name, _ in key_lines(node)]
+    twice = sorted({name for name in seen if seen.count(name) > 1})
+    if twice:
+        raise UserError(f"{path} sets a key twice", details=[f"line {lines[name]}: {name}" for name in twice])
+    return expand_short(tree), lines
+
+
+def key_lines(node: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """Each dotted key of a YAML document with its line, from 1."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            name = f"{prefix}{key.value}"
+            yield name, key.start_mark.line + 1
+            yield from key_lines(value, name + ".")
+
+
+def expand_short(tree: dict[str, Any]) -> dict[str, Any]:
+    """`model: x` as `model: {id: x}`, and the like."""
+    return {
+        key: {SHORT[key]: value} if key in SHORT and not isinstance(value, dict) else value
+        for key, value in tree.items()
+    }
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of mappings as dotted names; free mappings and empty ones are leaves."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value and name not in FREE:
+            flat |= flatten(value, name + ".")
+        else:
+            flat[name] = value
+    return flat
+
+
+def assign(tree: dict[str, Any], name: str, value: Any) -> None:
+    """Set a dotted name in a tree of dicts; a short form on the way is written out."""
+    *path, last = name.split(".")
+    for key in path:
+        below = tree.get(key)
+        if not isinstance(below, dict):
+            below = {} if below is None or key not in SHORT else {SHORT[key]: below}
+        tree[key] = dict(below)
+        tree = tree[key]
+    tree[last] = value
+
+
+def drop_below(origins: dict[str, str], name: str) -> None:
+    """Forget the origins of what `name` now replaces."""
+    for key in [key for key in origins if key.startswith(name + ".")]:
+        del origins[key]
+
+
+def origin_above(name: str, origins: Mapping[str, str]) -> str:
+    """The origin of the nearest parent that was set, such as `data.train` for its first source."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        if name in origins:
+            return origins[name]
+    return "default"
+
+
+def validate(
+    tree: Mapping[str, Any], origins: Mapping[str, str], *, file: Path | str | None, lines: Mapping[str, int]
+) -> RunConfig:
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        details, hints = [], []
+        for problem in error.errors():
+            name = setting_of(problem)
+            where = f"{file} line {lines[name]}: " if file is not None and name in lines else ""
+            details.append(f"{where}{say(problem, name)}")
+            if problem["type"] == "extra_forbidden":
+                hints.append(did_you_mean_key(name))
+        details = list(dict.fromkeys(details))
+        if len(details) == 1:
+            raise UserError(details[0], hint=next(iter(filter(None, hints)), None)) from None
+        raise UserError(
+            "the settings do not fit", details=details, hint=next(iter(filter(None, hints)), None)
+        ) from None
+
+
+def setting_of(problem: Any) -> str:
+    """The dotted name a pydantic problem is about, without the indices and union arms of its location."""
+    location = [str(part) for part in problem["loc"]]
+    if problem["type"] == "extra_forbidden":
+        return ".".join(location)
+    known = flatten_names(RunConfig)
+    names = [".".join(location[: end + 1]) for end in range(len(location))]
+    return next((name for name in reversed(names) if name in known), "settings")
+
+
+def say(problem: Any, name: str) -> str:
+    """One pydantic problem in the user's words."""
+    match problem["type"]:
+        case "extra_forbidden":
+            return f"unknown key {name}"
+        case "missing":
+            return f"{name} is not set"
+        case "value_error":
+            return (
+                f"{name}: {problem['ctx']['error']}" if name != "settings" else str(problem["ctx"]["error"])
+            )
+        case _:
+            return f"{name} is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def did_you_mean_key(name: str) -> str | None:
+    """The nearest key in the same section, or of that last name anywhere."""
+    parent, _, last = name.rpartition(".")
+    names = flatten_names(RunConfig)
+    elsewhere = [key for key in names if key.rpartition(".")[2] == last]
+    if elsewhere:
+        return "did you mean " + " or ".join(elsewhere) + "?"
+    section = [key for key in names if key.rpartition(".")[0] == parent]
+    return did_you_mean(name, section)
+
+
+def flatten_names(section: type[BaseModel], prefix: str = "") -> dict[str, Any]:
+    """Every dotted name of the schema with its pydantic field, sections first."""
+    names: dict[str, Any] = {}
+    for key, field in section.model_fields.items():
+        names[f"{prefix}{key}"] = field
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            names |= flatten_names(kind, f"{prefix}{key}.")
+    return names
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """`key=value` of a --set flag; the value is read as YAML.
+
+    raises  UserError if there is no `=`
+    """
+    key, sign, value = text.partition("=")
+    if not sign or not key.strip():
+        raise UserError(f"--set {text}: write key=value, such as --set train.learning_rate=1e-4")
+    return key.strip(), yaml.safe_load(value) if value else None
+
+
+def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """The same settings with some dotted names replaced: how the trainer fills in `auto`."""
+    tree = config.model_dump()
+    for name, value in values.items():
+        assign(tree, name, value)
+    return RunConfig.model_validate(tree)
+
+
+def to_yaml(config: RunConfig, origins: Mapping[str, str] | None = None) -> str:
+    """The settings as YAML that `resolve` reads back; the origin of a value stands behind it as a comment."""
+    lines: list[str] = []
+
+    def write(tree: Mapping[str, Any], prefix: str, indent: str) -> None:
+        for key, value in tree.items():
+            name = f"{prefix}{key}"
+            if isinstance(value, Mapping) and value:
+                lines.append(f"{indent}{key}:")
+                write(value, name + ".", indent + "  ")
+            else:
+                plain = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+                origin = (origins or {}).get(name, origin_above(name, origins or {}))
+                comment = f"  # {origin}" if origins else ""
+                lines.append(
+                    f"{indent}{yaml_key(key)}: {plain.removesuffix('...' + chr(10)).strip()}{comment}"
+                )
+
+    write(config.model_dump(mode="json"), "", "")
+    return "\n".join(lines) + "\n"
+
+
+def yaml_key(key: str) -> str:
+    """A mapping's key as YAML writes it, quoted where it must be."""
+    return yaml.safe_dump(key, width=10**6).removesuffix("...\n").strip()
+
+
+def describe(names: Sequence[str] | None = None) -> list[tuple[str, str, str]]:
+    """Rows (name, default, description) of every setting: the docs' table and `--help` come from here."""
+    rows = []
+    for name, field in flatten_names(RunConfig).items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            continue
+        default = (
+            "required"
+            if field.is_required()
+            else yaml_key(field.default)
+            if field.default is not None
+            else "none"
+        )
+        if names is None or name in names:
+            rows.append((name, default, field.description or ""))
+    return rows

@@ -1,0 +1,1 @@
+"""Operations on tensors, each as the torch definition that a faster twin must equal."""

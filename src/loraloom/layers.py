@@ -1,0 +1,175 @@
+"""Frozen layers as methods see them: a matrix W of shape (O, I), whatever the module's own layout.
+
+A method never asks what kind of layer it sits on. It reads `weight()` and gives thin factors, which `down`
+and `up` apply in the layer's own way: a product, a lookup, a convolution. Between the two, features are last.
+
+shapes  O out, I in, R rank; x and y as the module takes and gives them; z is (..., R), features last
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import UserError
+
+
+class Layer:
+    """A frozen `nn.Linear`, seen as (O, I); the other kinds change the layout only.
+
+    rows  the output features that belong to this view (q, k or v of a fused projection), or None for all
+    """
+
+    def __init__(self, module: nn.Module, name: str, rows: Tensor | None = None) -> None:
+        self.module, self.name, self.rows = module, name, rows
+        whole_O, self.in_features = self.matrix(self._tensor("weight")).shape
+        self.whole_features = whole_O  # of the module
+        self.out_features = whole_O if rows is None else len(rows)  # of this view
+
+    def _tensor(self, name: str) -> Tensor:
+        tensor = getattr(self.module, name)
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{self.name}.{name} is {type(tensor).__name__}, not a tensor")
+        return tensor
+
+    def matrix(self, w: Tensor) -> Tensor:
+        """The module's weight as (O, I)."""
+        return w
+
+    def like_weight(self, w_OI: Tensor) -> Tensor:
+        """A matrix (O, I) in the module's own layout: the inverse of `matrix`."""
+        return w_OI
+
+    def weight(self) -> Tensor:
+        """W of this view, (O, I), frozen, in the module's dtype."""
+        w_OI = self.matrix(self._tensor("weight")).detach()
+        return w_OI if self.rows is None else w_OI[self.rows]
+
+    def bias(self) -> Tensor | None:
+        """The module's whole bias, features last, or None."""
+        bias = getattr(self.module, "bias", None)
+        return bias.detach() if isinstance(bias, Tensor) else None
+
+    def down(self, x: Tensor, a_RI: Tensor) -> Tensor:
+        """x A^T, (..., R)."""
+        return F.linear(x, a_RI)
+
+    def up(self, z: Tensor, b_OR: Tensor) -> Tensor:
+        """z B^T, (..., O), features last."""
+        return F.linear(z, b_OR)
+
+    def last(self, y: Tensor) -> Tensor:
+        """The module's output with features last."""
+        return y
+
+    def unlast(self, y: Tensor) -> Tensor:
+        """The inverse of `last`."""
+        return y
+
+    def spread(self, part: Tensor, fill: float = 0.0) -> Tensor:
+        """Rows of this view put in their places among all rows of the module; the others hold `fill`."""
+        if self.rows is None:
+            return part
+        whole = part.new_full((self.whole_features, *part.shape[1:]), fill)
+        return whole.index_copy(0, self.rows.to(part.device), part)
+
+    takes_dropout = True  # a lookup has no features to drop
+
+
+class Conv1DLayer(Layer):
+    """transformers' Conv1D: a linear layer that keeps W as (I, O)."""
+
+    def matrix(self, w: Tensor) -> Tensor:
+        return w.T
+
+    def like_weight(self, w_OI: Tensor) -> Tensor:
+        return w_OI.T
+
+
+class EmbeddingLayer(Layer):
+    """A lookup: x one-hot over the vocabulary, W is (dim, vocab), the transpose of the table.
+
+    `padding_idx` needs no care here: it stops the table's gradient, and A is trained for that token like
+    for any other. `scale_grad_by_freq` and `sparse` would be ignored for A, so such tables are refused.
+    """
+
+    def matrix(self, w: Tensor) -> Tensor:
+        return w.T
+
+    def like_weight(self, w_OI: Tensor) -> Tensor:
+        return w_OI.T
+
+    def down(self, x: Tensor, a_RI: Tensor) -> Tensor:
+        scale = getattr(self.module, "embed_scale", None)  # Gemma 3 scales inside its embedding
+        z = F.embedding(x, a_RI.T)
+        return z if scale is None else z * scale.to(z.dtype) if isinstance(scale, Tensor) else z * scale
+
+    takes_dropout = False
+
+
+class Conv2dLayer(Layer):
+    """A convolution: I is channels x kernel; A is a convolution to R channels, B one of kernel 1."""
+
+    def matrix(self, w: Tensor) -> Tensor:
+        return w.flatten(1)
+
+    def like_weight(self, w_OI: Tensor) -> Tensor:
+        return w_OI.view_as(self._tensor("weight"))
+
+    def down(self, x: Tensor, a_RI: Tensor) -> Tensor:
+        m = self.module
+        kernel = a_RI.view(len(a_RI), *self._tensor("weight").shape[1:])
+        if m.padding_mode != "zeros":
+            x = F.pad(x, m._reversed_padding_repeated_twice, mode=str(m.padding_mode))  # type: ignore[arg-type]
+            return self.last(F.conv2d(x, kernel, None, m.stride, 0, m.dilation))  # type: ignore[arg-type]
+        return self.last(F.conv2d(x, kernel, None, m.stride, m.padding, m.dilation))  # type: ignore[arg-type]
+
+    def last(self, y: Tensor) -> Tensor:
+        return y.movedim(-3, -1)
+
+    def unlast(self, y: Tensor) -> Tensor:
+        return y.movedim(-1, -3)
+
+
+def kind_of(module: nn.Module) -> type[Layer] | None:
+    """The view for a module, or None if it is no layer that can be adapted."""
+    if isinstance(module, nn.Linear):
+        return Layer
+    if type(module).__name__ == "Conv1D" and hasattr(
+        module, "nf"
+    ):  # known by shape: transformers stays behind its door
+        return Conv1DLayer
+    if isinstance(module, nn.Embedding):
+        return EmbeddingLayer
+    if isinstance(module, nn.Conv2d):
+        return Conv2dLayer
+    return None
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `all-linear` means this module."""
+    return kind_of(module) in (Layer, Conv1DLayer)
+
+
+def view(module: nn.Module, name: str, rows: Tensor | None = None) -> Layer:
+    """The frozen layer behind a module.
+
+    raises  UserError if the module cannot be adapted
+    """
+    kind = kind_of(module)
+    if kind is None:
+        raise UserError(
+            f"{name} is a {type(module).__name__}, which cannot be adapted",
+            hint="nn.Linear, Conv1D, nn.Embedding and nn.Conv2d can",
+        )
+    if isinstance(module, nn.Conv2d) and module.groups != 1:
+        raise UserError(f"{name} is a convolution in {module.groups} groups, which cannot be adapted")
+    if isinstance(module, nn.Embedding) and (module.max_norm or module.scale_grad_by_freq or module.sparse):
+        raise UserError(
+            f"{name} is an embedding with max_norm, scale_grad_by_freq or sparse, which cannot be adapted",
+            hint="max_norm rewrites the table in every forward pass, and the base must stay as it is",
+        )
+    if torch.is_floating_point(module.weight) is False:  # type: ignore[arg-type]
+        raise UserError(f"{name} keeps its weight as {module.weight.dtype}, which cannot be adapted")
+    return kind(module, name, rows)

@@ -1,0 +1,72 @@
+"""The family: one method a file, found by its file name."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from ..errors import UserError, did_you_mean
+from .base import Method
+
+
+def names() -> list[str]:
+    """The methods there are: the files of this folder."""
+    return sorted(item.name for item in pkgutil.iter_modules(__path__) if item.name != "base")
+
+
+def find(name: str) -> type[Method]:
+    """The method class defined in the file of that name.
+
+    raises  UserError if there is no such file
+    """
+    if name not in names():
+        raise UserError(
+            f"there is no method {name!r}; there are {', '.join(names())}", hint=did_you_mean(name, names())
+        )
+    module = importlib.import_module(f"{__name__}.{name}")
+    own = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__
+    ]
+    if len(own) != 1:
+        raise TypeError(f"methods/{name}.py must define one method, it defines {len(own)}")
+    return own[0]
+
+
+def name_of(method: Method) -> str:
+    """The name a method is found by."""
+    return type(method).__module__.rpartition(".")[2]
+
+
+def make(name: str, options: Mapping[str, Any]) -> Method:
+    """A method with its settings.
+
+    raises  UserError for an unknown setting, with the nearest name
+    """
+    kind = find(name)
+    known = [item.name for item in fields(kind)]
+    unknown = [key for key in options if key not in known]
+    if unknown:
+        raise UserError(
+            f"method {name} has no setting {', '.join(unknown)}", hint=did_you_mean(unknown[0], known)
+        )
+    return kind(**{key: _number(kind, key, value) for key, value in options.items()})
+
+
+def _number(kind: type[Method], key: str, value: Any) -> Any:
+    """YAML reads 1e-4 as text; a setting whose default is a number takes it as one."""
+    default = next(item.default for item in fields(kind) if item.name == key)
+    if (
+        isinstance(default, bool)
+        or not isinstance(default, int | float)
+        or not isinstance(value, int | float | str)
+    ):
+        return value
+    try:
+        return type(default)(value) if float(value) == float(type(default)(value)) else float(value)
+    except ValueError:
+        raise UserError(f"method.{key} is {value!r}, which is not a number") from None

@@ -1,0 +1,158 @@
+"""The contract: a method says what it adds to y and what it adds to W; everything else is written once.
+
+Most of the family is a low-rank pair: such a method is a `LowRank` and gives `init` and `pair`. Merging, the
+bank of many adapters, mixed batches and gradients then come from shared code, because autograd carries the
+gradient from the pair to the method's own tensors. What is truly different is a `Method` with its own
+`update` and `delta`.
+
+shapes  T tokens (any leading dimensions), I in, O out, R rows of the pair (r, or 2r for an offset)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..layers import Layer
+
+Tensors = dict[str, Tensor]  # of one site: an nn.Parameter trains, a plain tensor is frozen state
+
+
+class NotMergeable(UserError):
+    """The method's effect on y is not a change of W."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What a low-rank method does to one layer:  y -> gain * (x W^T + out * (e * (x A^T)) B^T) + bias.
+
+    A       (R, I) rows
+    B       (O, R) columns
+    e       a number or (R,): what multiplies x A^T, such as alpha/r or AdaLoRA's Lambda
+    out     (O,) or None: scales the low-rank output, such as VeRA's lambda_b
+    gain    (O,) or None: scales the whole bias-free output, such as DoRA's m / ||W + sBA||
+    shared  A and B are frozen tensors that many layers use: the bank never copies them
+    """
+
+    A: Tensor
+    B: Tensor
+    e: float | Tensor = 1.0
+    out: Tensor | None = None
+    gain: Tensor | None = None
+    shared: bool = False
+
+    def product(self) -> Tensor:
+        """out * B e A, (O, I)."""
+        b_OR = self.B * self.e
+        return (b_OR if self.out is None else self.out[:, None] * b_OR) @ self.A
+
+
+@dataclass(frozen=True)
+class Site:
+    """One adapter's tensors on one layer: what a method works on."""
+
+    layer: Layer
+    method: Method  # with this layer's own r and alpha
+    p: Tensors
+
+    @property
+    def trainable(self) -> list[nn.Parameter]:
+        return [tensor for tensor in self.p.values() if isinstance(tensor, nn.Parameter)]
+
+
+def option(default: Any, help: str) -> Any:
+    """A method's own setting, with the words that the help and the docs show."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A way to adapt a frozen layer. Subclasses add their own settings as fields made by `option`."""
+
+    r: int = option(16, "the rank")
+    alpha: float = option(32.0, "the scale's numerator")
+    dropout: float = option(0.0, "on the adapter's input")
+
+    learning_rate: ClassVar[float] = 2e-4  # the default, with its source in the method's file
+    per_token: ClassVar[bool] = False  # whether `token_mask` chooses among tokens
+
+    def init(self, layer: Layer, gen: torch.Generator) -> Tensors:
+        """The method's tensors for one layer, float32 on the CPU: a Parameter trains, a tensor is state."""
+        raise NotImplementedError
+
+    def init_all(self, layers: Sequence[Layer], gens: Sequence[torch.Generator]) -> list[Tensors]:
+        """The tensors of all layers; a method whose layers share tensors (VeRA) overrides this."""
+        return [self.init(layer, gen) for layer, gen in zip(layers, gens)]
+
+    def update(self, layer: Layer, p: Tensors, x: Tensor, y: Tensor) -> Tensor:
+        """What the method adds to y, the layer's output with features last. x is the dropped-out input."""
+        raise NotImplementedError
+
+    def delta(self, layer: Layer, p: Tensors) -> Tensor:
+        """What merging adds to W, float32 (O, I).
+
+        raises  NotMergeable where there is no such thing
+        """
+        raise NotImplementedError
+
+    def token_mask(self, ids_BT: Tensor, position_BT: Tensor | None) -> Tensor:
+        """Which tokens the method touches, (B, T) bool; asked only if `per_token`."""
+        raise NotImplementedError
+
+    def groups(self, sites: Iterable[Site], lr: float) -> list[dict[str, Any]]:
+        """Optimizer groups: params, lr and, optionally, weight_decay."""
+        return [{"params": unique(p for site in sites for p in site.trainable), "lr": lr}]
+
+    def penalty(self, sites: Sequence[Site]) -> Tensor | None:
+        """A term added to the loss once a step (AdaLoRA's orthogonality), or None."""
+        return None
+
+    def before_step(self, sites: Sequence[Site], step: int) -> None:
+        """Runs when the step's gradients are complete and clipped; may change them (LoRA-FA, LoRA-Pro)."""
+
+    def after_step(self, sites: Sequence[Site], step: int, num_steps: int) -> None:
+        """Runs after the optimizer, gradients still there (AdaLoRA's budget, Delta-LoRA's anchor)."""
+
+
+class LowRank(Method):
+    """A method that is a low-rank pair."""
+
+    def pair(self, layer: Layer, p: Tensors) -> Pair:
+        """The pair as it stands, in float32, built from `p` by differentiable operations."""
+        raise NotImplementedError
+
+    def update(self, layer: Layer, p: Tensors, x: Tensor, y: Tensor) -> Tensor:
+        """What the pair adds to y: the definition that the bank's shared path must equal."""
+        pair = self.pair(layer, p)
+        u = layer.up(layer.down(x, pair.A) * pair.e, pair.B)
+        if pair.out is not None:
+            u = u * pair.out
+        if pair.gain is None:
+            return u
+        bias = layer.bias()
+        wx = y if bias is None else y - bias
+        return (pair.gain - 1) * wx + pair.gain * u
+
+    def delta(self, layer: Layer, p: Tensors) -> Tensor:
+        pair = self.pair(layer, p)
+        product_OI = pair.product()
+        if pair.gain is None:
+            return product_OI
+        w_OI = layer.weight().to(product_OI)
+        return pair.gain[:, None] * (w_OI + product_OI) - w_OI
+
+
+def unique(tensors: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Each parameter once, in order: a tensor that several sites share is one parameter."""
+    return list({id(tensor): tensor for tensor in tensors}.values())
+
+
+def options_of(method: type[Method]) -> Mapping[str, str]:
+    """The settings a method has beyond those of every method, with their help."""
+    common = {item.name for item in fields(Method)}
+    return {item.name: item.metadata["help"] for item in fields(method) if item.name not in common}
