@@ -6,82 +6,47 @@ replaced on that one instance, and given back on detach.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import methods
+from .adapter import Adapter, AdapterSpec, check_patterns, has_gain, init_sites, place, seed_of
 from .bank import Bank, Flow
-from .config import resolve_alpha
 from .errors import NonFinite, UserError, did_you_mean
-from .files import digest
 from .layers import Layer, view
 from .methods.base import Method, NotMergeable, Site, unique
 from .overlay import Overlay
-from .targets import Target, input_group, output_head, select
+from .targets import Target, input_group, select
 
 
-@dataclass(frozen=True, kw_only=True)
-class AdapterSpec:
-    """What an adapter is, apart from its tensors. The fields are those of a run's settings."""
+class Pristine:
+    """The base's own parameters, kept aside while merged ones stand in their places."""
 
-    method: str = "lora"
-    options: dict[str, Any] = field(default_factory=dict)  # the method's own settings
-    r: int = 16
-    alpha: float | str = "2r"
-    dropout: float = 0.0
-    target_modules: str | Sequence[str] = "all-linear"
-    layers: str | None = None
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    bias: str = "none"
-    modules_to_save: Sequence[str] = ()
-    seed: int = 0
+    def __init__(self) -> None:
+        self.kept: list[tuple[nn.Module, str, nn.Parameter]] = []
 
-    def make(self) -> Method:
-        """The method with the settings that layers share."""
-        common = {"r": self.r, "alpha": resolve_alpha(self.alpha, self.r), "dropout": self.dropout}
-        return methods.make(self.method, self.options | common)
+    def exchange(self, module: nn.Module, name: str, leaf: str, value: Tensor) -> None:
+        """Put a new parameter in a module and keep its own.
 
-    def at(self, method: Method, target: Target) -> Method:
-        """The method with one layer's own r and alpha."""
-        r = first_match(self.rank_pattern, target, self.r)
-        alpha = first_match(self.alpha_pattern, target, resolve_alpha(self.alpha, r))
-        return replace(method, r=r, alpha=float(alpha))
+        raises  NonFinite if a value is not finite
+        """
+        own = module._parameters[leaf]
+        assert own is not None
+        if not value.isfinite().all():
+            raise NonFinite(
+                f"the merged {name}.{leaf} is not finite", hint="the adapter holds NaN or infinity"
+            )
+        self.kept.append((module, leaf, own))
+        module._parameters[leaf] = nn.Parameter(value.to(own.dtype), requires_grad=False)
 
-
-@dataclass
-class Adapter:
-    """One adapter: its settings and its tensors by layer."""
-
-    name: str
-    spec: AdapterSpec
-    method: Method
-    sites: dict[str, Site]  # by target key: a module's name, or name:role
-    roles: dict[str, Target]
-
-    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the method by a stable name, trained and frozen."""
-        for key, site in self.sites.items():
-            for name, tensor in site.p.items():
-                yield f"{key}/{name}", tensor
-
-
-def first_match(patterns: dict[str, Any], target: Target, default: Any) -> Any:
-    """The value of the first pattern that matches a target as PEFT matches: `(.*\\.)?(pattern)$`."""
-    for pattern, value in patterns.items():
-        if pattern_matches(pattern, target):
-            return value
-    return default
-
-
-def pattern_matches(pattern: str, target: Target) -> bool:
-    return any(re.match(rf"(.*\.)?({pattern})$", name) for name in (target.name, target.key))
+    def restore(self) -> None:
+        """Give every module its own parameters back: the very same tensors."""
+        while self.kept:
+            module, leaf, own = self.kept.pop()
+            module._parameters[leaf] = own
 
 
 class Adapters:
@@ -104,7 +69,7 @@ class Adapters:
         self.merged: tuple[str, ...] = ()
         self._routing: Tensor | None = None
         self._explicit = False
-        self._pristine: list[tuple[nn.Module, str, nn.Parameter]] = []
+        self._pristine = Pristine()
         self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         self._forwards: dict[str, Any] = {}  # instance forwards that stood there before ours
         model.requires_grad_(False)
@@ -229,11 +194,10 @@ class Adapters:
             raise UserError(f"bias is {spec.bias!r}", hint="it can be none, all or lora_only")
         chosen = {target.name for target in targets}
         for name, module in self.model.named_modules():
-            if isinstance(module._parameters.get("bias"), nn.Parameter) and (
-                spec.bias == "all" or name in chosen
-            ):
-                if not any(name == s or name.startswith(s + ".") for s in saved):
-                    self._overlay(name).add(adapter, ["bias"])
+            whole = any(name == s or name.startswith(s + ".") for s in saved)
+            wanted = spec.bias == "all" or name in chosen
+            if wanted and not whole and isinstance(module._parameters.get("bias"), nn.Parameter):
+                self._overlay(name).add(adapter, ["bias"])
 
     def _modules_named(self, wanted: Sequence[str]) -> list[str]:
         """The full names of the modules to train whole.
@@ -445,40 +409,25 @@ class Adapters:
         try:
             for bank in self.banks.values():
                 if any(name in bank.sites for name in chosen):
-                    with torch.no_grad():
-                        self._exchange(bank.module, bank.name, "weight", bank.merged_weight())
+                    self._pristine.exchange(bank.module, bank.name, "weight", bank.merged_weight())
             for overlay in self.overlays.values():
                 for name, tensor in (
                     pair for adapter in chosen for pair in overlay.p.get(adapter, {}).items()
                 ):
                     path, _, leaf = name.rpartition(".")
-                    self._exchange(overlay.module.get_submodule(path), overlay.name, leaf, tensor.detach())
+                    self._pristine.exchange(
+                        overlay.module.get_submodule(path), overlay.name, leaf, tensor.detach()
+                    )
         except BaseException:
-            self._restore()
+            self._pristine.restore()
             raise
         self.merged = tuple(chosen)
         self._lay(off=True)
 
-    def _exchange(self, module: nn.Module, name: str, leaf: str, value: Tensor) -> None:
-        """Put a new parameter in a module and keep its own."""
-        own = module._parameters[leaf]
-        assert own is not None
-        if not value.isfinite().all():
-            raise NonFinite(
-                f"the merged {name}.{leaf} is not finite", hint="the adapter holds NaN or infinity"
-            )
-        self._pristine.append((module, leaf, own))
-        module._parameters[leaf] = nn.Parameter(value.to(own.dtype), requires_grad=False)
-
-    def _restore(self) -> None:
-        while self._pristine:
-            module, leaf, own = self._pristine.pop()
-            module._parameters[leaf] = own
-
     def unmerge(self) -> None:
         """Put the base's own parameters back, the very same tensors."""
         if self.merged:
-            self._restore()
+            self._pristine.restore()
             self.merged = ()
             self._lay()
 
@@ -491,50 +440,6 @@ class Adapters:
     def _not_held(self) -> None:
         if any(bank.held is not None for bank in self.banks.values()):
             raise RuntimeError("the bank is held: leave hold() before switching adapters")
-
-
-def init_sites(
-    own: Sequence[Method], layers: Sequence[Layer], gens: Sequence[torch.Generator]
-) -> list[dict[str, Tensor]]:
-    """Each site's tensors; layers whose method has the same settings are made together."""
-    tensors: list[dict[str, Tensor]] = [{} for _ in own]
-    for method in dict.fromkeys(own):
-        members = [i for i, other in enumerate(own) if other == method]
-        made = method.init_all([layers[i] for i in members], [gens[i] for i in members])
-        for i, p in zip(members, made):
-            tensors[i] = p
-    return tensors
-
-
-def place(p: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """A site's tensors on a device, in place, so that what is shared stays shared."""
-    for tensor in p.values():
-        if tensor.device != device:
-            tensor.data = tensor.data.to(device)
-    return p
-
-
-def seed_of(seed: int, *, name: str) -> int:
-    """A generator's seed for one layer: it does not depend on which other layers there are."""
-    return int(digest(str(seed), name)[:15], 16)
-
-
-def has_gain(site: Site) -> bool:
-    pair = getattr(site.method, "pair", None)
-    with torch.no_grad():
-        return pair is not None and pair(site.layer, site.p).gain is not None
-
-
-def check_patterns(spec: AdapterSpec, targets: Sequence[Target]) -> None:
-    """Refuse a rank or alpha pattern that matches no target."""
-    for setting, patterns in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern)):
-        for pattern in patterns:
-            if not any(pattern_matches(pattern, target) for target in targets):
-                leaves = {target.name.rpartition(".")[2] for target in targets}
-                raise UserError(
-                    f"{setting}: {pattern!r} matches no layer with an adapter",
-                    hint=did_you_mean(pattern, leaves),
-                )
 
 
 def attach(model: nn.Module, method: str = "lora", *, name: str = "default", **settings: Any) -> Adapters:
@@ -557,14 +462,3 @@ def attach(model: nn.Module, method: str = "lora", *, name: str = "default", **s
         adapters.detach()
         raise
     return adapters
-
-
-def is_tied(model: nn.Module) -> bool:
-    """Whether the output head and the input embedding are one tensor."""
-    head = output_head(model)
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    return (
-        head is not None
-        and embedding is not None
-        and getattr(head, "weight", 0) is getattr(embedding, "weight", 1)
-    )

@@ -260,6 +260,7 @@ class Bank:
 
     # ---- merging ----------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """W0 plus the active adapters' deltas, in the module's own layout: summed in float32, rounded once."""
         w = self.layer._tensor("weight").detach()

@@ -8,6 +8,8 @@ shapes  O out, I in, R rank; x and y as the module takes and gives them; z is (.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -119,11 +121,12 @@ class Conv2dLayer(Layer):
 
     def down(self, x: Tensor, a_RI: Tensor) -> Tensor:
         m = self.module
-        kernel = a_RI.view(len(a_RI), *self._tensor("weight").shape[1:])
+        assert isinstance(m, nn.Conv2d)
+        kernel = a_RI.view(len(a_RI), *m.weight.shape[1:])
+        padding: Any = m.padding
         if m.padding_mode != "zeros":
-            x = F.pad(x, m._reversed_padding_repeated_twice, mode=str(m.padding_mode))  # type: ignore[arg-type]
-            return self.last(F.conv2d(x, kernel, None, m.stride, 0, m.dilation))  # type: ignore[arg-type]
-        return self.last(F.conv2d(x, kernel, None, m.stride, m.padding, m.dilation))  # type: ignore[arg-type]
+            x, padding = F.pad(x, m._reversed_padding_repeated_twice, mode=m.padding_mode), 0
+        return self.last(F.conv2d(x, kernel, None, m.stride, padding, m.dilation))
 
     def last(self, y: Tensor) -> Tensor:
         return y.movedim(-3, -1)

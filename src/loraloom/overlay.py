@@ -42,7 +42,7 @@ class Overlay:
             return self.base_forward(*args, **kwargs)
         if len(self.flow.active) > 1 or self.flow.mask_BMK is not None:
             raise UserError(
-                f"{self.name} is trained whole by {', '.join(chosen)}, so its rows cannot be mixed with others in a batch",
+                f"{self.name} is trained whole by {', '.join(chosen)}: rows cannot be mixed with other adapters'",
                 hint="use one adapter at a time, or train without bias and modules_to_save",
             )
         dtypes = {name: tensor.dtype for name, tensor in self.module.named_parameters()}

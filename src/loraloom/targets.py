@@ -16,32 +16,20 @@ from torch import Tensor, nn
 
 from .errors import UserError, nearest
 from .fused import LEAVES, rows_by_role
-from .layers import is_linear, kind_of
+from .layers import is_linear, kind_of, view
 
 ROLES: dict[str, tuple[str, ...]] = {
     "q": ("q_proj", "query", "query_proj", "q_lin", "wq"),
     "k": ("k_proj", "key", "key_proj", "k_lin", "wk"),
     "v": ("v_proj", "value", "value_proj", "v_lin", "wv"),
     "o": (
-        "o_proj",
-        "out_proj",
-        "attn.c_proj",
-        "attention.output.dense",
-        "attention.dense",
-        "self_attention.dense",
-    )
-    + ("out_lin", "wo"),
-    "mlp": ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "mlp.c_fc", "mlp.c_proj", "dense_h_to_4h")
-    + (
-        "dense_4h_to_h",
-        "fc1",
-        "fc2",
-        "fc_in",
-        "fc_out",
-        "intermediate.dense",
-        "output.dense",
-        "lin1",
-        "lin2",
+        *("o_proj", "out_proj", "out_lin", "wo", "attn.c_proj"),
+        *("attention.output.dense", "attention.dense", "self_attention.dense"),
+    ),
+    "mlp": (
+        *("gate_proj", "up_proj", "down_proj", "gate_up_proj", "mlp.c_fc", "mlp.c_proj"),
+        *("dense_h_to_4h", "dense_4h_to_h", "fc1", "fc2", "fc_in", "fc_out"),
+        *("intermediate.dense", "output.dense", "lin1", "lin2"),
     ),
     "head": (),  # known by identity
     "embed": (),
@@ -147,8 +135,7 @@ def by_role(model: nn.Module, modules: dict[str, nn.Module], role: str) -> list[
     for name, module in modules.items():
         leaf = name.rpartition(".")[2]
         if leaf in LEAVES and is_linear(module):
-            out_features = getattr(module, "out_features", None) or getattr(module, "nf", 0)
-            table = rows_by_role(getattr(model, "config", None), leaf, int(out_features))
+            table = rows_by_role(getattr(model, "config", None), leaf, view(module, name).out_features)
             if table is not None:
                 found.append(Target(name, role, table[role]))
     return found
@@ -252,3 +239,14 @@ def input_embedding(model: nn.Module) -> nn.Module | None:
     """The input embedding, by identity; None for a model without one."""
     get = getattr(model, "get_input_embeddings", None)
     return get() if get is not None else None
+
+
+def is_tied(model: nn.Module) -> bool:
+    """Whether the output head and the input embedding are one tensor."""
+    head = output_head(model)
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    return (
+        head is not None
+        and embedding is not None
+        and getattr(head, "weight", 0) is getattr(embedding, "weight", 1)
+    )

@@ -44,7 +44,7 @@ def token_key(token: Tensor, *, seed: Tensor | int, step: int, group: int) -> Te
 def keyed_dropout(x: Tensor, key: Tensor, p: Tensor | float) -> Tensor:
     """x with dropped features at zero and the others scaled by 1 / (1 - p); key and p fit x's leading shape."""
     keep = keep_mask(key, x.shape[-1], p)
-    scale = 1.0 / (1.0 - torch.as_tensor(p, dtype=torch.float32, device=x.device))
+    scale = 1.0 / (1.0 - torch.as_tensor(p, dtype=torch.float64, device=x.device))
     return torch.where(
         keep, x * scale[..., None].to(x.dtype), torch.zeros((), dtype=x.dtype, device=x.device)
     )
