@@ -2,8 +2,8 @@
 
     import loraloom
 
-    adapters = loraloom.attach(model, r=16)              # any PyTorch model
-    run = loraloom.train(model="...", data="...", output="runs/first")
+    adapters = loraloom.attach(model, r=16)                       # any PyTorch model
+    run = loraloom.api.train(model="...", data="...", output="runs/first")
 
 Nothing heavy is imported until it is used.
 """
@@ -21,17 +21,23 @@ LAZY = {
     "attach": "adapt",
     "load_adapter": "adapter_io",
     "save_adapter": "adapter_io",
-    "train": "api",
-    "resume": "api",
-    "merge": "api",
-    "evaluate": "api",
-    "open_run": "api",
     "UserError": "errors",
 }
-__all__ = [*LAZY, "__version__"]
+__all__ = [
+    "AdapterSpec",
+    "Adapters",
+    "UserError",
+    "__version__",
+    "api",
+    "attach",
+    "load_adapter",
+    "save_adapter",
+]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "api":
+        return importlib.import_module(f"{__name__}.api")
     if name not in LAZY:
         raise AttributeError(f"module 'loraloom' has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{LAZY[name]}"), name)

@@ -14,66 +14,47 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter, AdapterSpec, check_patterns, has_gain, init_sites, place, seed_of
-from .bank import Bank, Flow
-from .errors import NonFinite, UserError, did_you_mean
+from .bank import Bank
+from .errors import UserError, did_you_mean
+from .flow import Flow
+from .forwards import Forwards
 from .layers import Layer, view
+from .merging import Pristine
 from .methods.base import Method, NotMergeable, Site, unique
 from .overlay import Overlay
-from .targets import Target, input_group, select
-
-
-class Pristine:
-    """The base's own parameters, kept aside while merged ones stand in their places."""
-
-    def __init__(self) -> None:
-        self.kept: list[tuple[nn.Module, str, nn.Parameter]] = []
-
-    def exchange(self, module: nn.Module, name: str, leaf: str, value: Tensor) -> None:
-        """Put a new parameter in a module and keep its own.
-
-        raises  NonFinite if a value is not finite
-        """
-        own = module._parameters[leaf]
-        assert own is not None
-        if not value.isfinite().all():
-            raise NonFinite(
-                f"the merged {name}.{leaf} is not finite", hint="the adapter holds NaN or infinity"
-            )
-        self.kept.append((module, leaf, own))
-        module._parameters[leaf] = nn.Parameter(value.to(own.dtype), requires_grad=False)
-
-    def restore(self) -> None:
-        """Give every module its own parameters back: the very same tensors."""
-        while self.kept:
-            module, leaf, own = self.kept.pop()
-            module._parameters[leaf] = own
+from .targets import Target, select
 
 
 class Adapters:
     """All adapters of one model, and which of them are in use."""
 
     def __init__(self, model: nn.Module) -> None:
-        if any(
-            isinstance(getattr(m.__dict__.get("forward"), "__self__", None), Bank | Overlay)
-            for m in model.modules()
-        ):
+        if carries_adapters(model):
             raise UserError(
                 "this model carries adapters already",
                 hint="add to the object that attach() returned, or detach() it",
             )
         self.model = model
         self.flow = Flow()
-        self.banks: dict[str, Bank] = {}
-        self.overlays: dict[str, Overlay] = {}
         self.adapters: dict[str, Adapter] = {}
         self.merged: tuple[str, ...] = ()
+        self._forwards = Forwards(model, self.flow)
         self._routing: Tensor | None = None
         self._explicit = False
         self._pristine = Pristine()
         self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-        self._forwards: dict[str, Any] = {}  # instance forwards that stood there before ours
         model.requires_grad_(False)
         self._hook = model.register_forward_pre_hook(self._see, with_kwargs=True)
+
+    @property
+    def banks(self) -> dict[str, Bank]:
+        """By module name: the adapters' rows on each adapted layer."""
+        return self._forwards.banks
+
+    @property
+    def overlays(self) -> dict[str, Overlay]:
+        """By module name: what adapters train whole."""
+        return self._forwards.overlays
 
     # ---- adapters come and go ---------------------------------------------------------------------------
 
@@ -83,6 +64,9 @@ class Adapters:
         raises  UserError if the name is taken, or a setting does not fit the model
         """
         self._not_merged()
+        self._not_held()
+        if self._hook.id not in self.model._forward_pre_hooks:
+            raise UserError("these adapters were detached from their model", hint="attach() anew")
         if name in self.adapters or not name:
             raise UserError(
                 f"there is an adapter named {name!r} already" if name else "an adapter needs a name"
@@ -105,21 +89,22 @@ class Adapters:
         self.flow.seeds[name] = seed_of(spec.seed, name="dropout")
         for whole in saved:
             own = [n for n, _ in self.model.get_submodule(whole).named_parameters()]
-            self._overlay(whole).add(name, own)
+            self._forwards.overlay(whole).add(name, own)
         self._train_biases(name, spec, targets, saved)
         layers = [self._layer(target) for target in targets]
         methods = [spec.at(method, target) for target in targets]
         gens = [torch.Generator().manual_seed(seed_of(spec.seed, name=target.key)) for target in targets]
+        made = place(init_sites(methods, layers, gens), [layer.module.weight.device for layer in layers])  # type: ignore[misc]
         sites = {}
-        for target, layer, own_method, p in zip(targets, layers, methods, init_sites(methods, layers, gens)):
-            site = Site(layer, own_method, place(p, layer.weight().device))
+        for target, layer, own_method, p in zip(targets, layers, methods, made):
+            site = Site(layer, own_method, p)
             sites[target.key] = site
             self.banks[target.name].sites.setdefault(name, []).append(site)
         return Adapter(name, spec, method, sites, {target.key: target for target in targets})
 
     def _layer(self, target: Target) -> Layer:
         """The view of a target: the bank's own of the whole module, or one of some rows."""
-        whole = self._bank(target.name).layer
+        whole = self._forwards.bank(target.name).layer
         return whole if target.rows is None else view(whole.module, target.name, target.rows)
 
     def remove(self, name: str) -> None:
@@ -130,18 +115,10 @@ class Adapters:
         self._forget(name)
 
     def _forget(self, name: str) -> None:
-        """Drop an adapter's tensors, and the forwards of modules that carry none any more."""
+        """Drop an adapter's settings and tensors."""
         self.adapters.pop(name, None)
         self.flow.seeds.pop(name, None)
-        for module_name, bank in list(self.banks.items()):
-            bank.sites.pop(name, None)
-            if not bank.sites:
-                del self.banks[module_name]
-        for module_name, overlay in list(self.overlays.items()):
-            overlay.p.pop(name, None)
-            if not overlay.p:
-                del self.overlays[module_name]
-        self._lay()
+        self._forwards.forget(name)
 
     def detach(self) -> None:
         """Take everything off: the model is again what it was, bit for bit."""
@@ -151,38 +128,6 @@ class Adapters:
         self._hook.remove()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))
-
-    def _bank(self, name: str) -> Bank:
-        if name not in self.banks:
-            self.banks[name] = Bank(self.model.get_submodule(name), name, self.flow, input_group(name))
-            self._lay()
-        return self.banks[name]
-
-    def _overlay(self, name: str) -> Overlay:
-        if name not in self.overlays:
-            self.overlays[name] = Overlay(self.model.get_submodule(name), name, self.flow)
-            self._lay()
-        return self.overlays[name]
-
-    def _lay(self, *, off: bool = False) -> None:
-        """Put each module's forwards in order: its own, then an overlay's, then the bank's."""
-        for name in {*self.banks, *self.overlays, *self._forwards}:
-            module = self.model.get_submodule(name)
-            if name not in self._forwards:
-                self._forwards[name] = module.__dict__.get("forward")
-            own = self._forwards[name]
-            forward = own if own is not None else type(module).forward.__get__(module)
-            overlay, bank = self.overlays.get(name), self.banks.get(name)
-            if overlay is not None and not off:
-                overlay.base_forward, forward = forward, overlay.forward
-            if bank is not None and not off:
-                bank.overlay, bank.base_forward, forward = overlay, forward, bank.forward
-            if off or (overlay is None and bank is None):
-                module.__dict__.pop("forward", None)
-                if own is not None:
-                    module.__dict__["forward"] = own
-            else:
-                module.__dict__["forward"] = forward
 
     def _train_biases(
         self, adapter: str, spec: AdapterSpec, targets: Sequence[Target], saved: Sequence[str]
@@ -197,7 +142,7 @@ class Adapters:
             whole = any(name == s or name.startswith(s + ".") for s in saved)
             wanted = spec.bias == "all" or name in chosen
             if wanted and not whole and isinstance(module._parameters.get("bias"), nn.Parameter):
-                self._overlay(name).add(adapter, ["bias"])
+                self._forwards.overlay(name).add(adapter, ["bias"])
 
     def _modules_named(self, wanted: Sequence[str]) -> list[str]:
         """The full names of the modules to train whole.
@@ -205,7 +150,7 @@ class Adapters:
         raises  UserError if one matches nothing, or has no parameters
         """
         found = []
-        for entry in wanted:
+        for entry in [wanted] if isinstance(wanted, str) else wanted:
             names = [
                 n for n, _ in self.model.named_modules() if n and (n == entry or n.endswith("." + entry))
             ]
@@ -235,23 +180,28 @@ class Adapters:
         """
         self._not_merged()
         self._not_held()
-        chosen = tuple(name for name in names if name is not None)
+        chosen = tuple(dict.fromkeys(name for name in names if name is not None))
         self._known(chosen)
-        self._routing = self.flow.mask_BMK = None
+        self._check_sum(chosen, training=self.flow.training)
+        self._routing = self.flow.mask_BMK = self.flow.seen = None
         self.flow.active = chosen
-        if len(chosen) > 1:
-            self._check_sum(chosen)
 
-    def _check_sum(self, chosen: Sequence[str]) -> None:
+    def _check_sum(self, chosen: Sequence[str], *, training: bool) -> None:
+        """Refuse what cannot be summed: a gain on the whole output, a module trained whole, dropout."""
+        if len(chosen) < 2:
+            return
         gained = [n for n in chosen if any(has_gain(site) for site in self.adapters[n].sites.values())]
+        whole = [n for n in chosen if any(True for _ in self.overlaid(n))]
         dropped = [n for n in chosen if self.adapters[n].method.dropout]
-        if len(gained) > 1 or (gained and len(chosen) > 1):
-            self.flow.active = ()
+        if gained:
             raise UserError(
                 f"{', '.join(gained)} scales the whole output of a layer, so it cannot be summed with others"
             )
-        if dropped and self.flow.training:
-            self.flow.active = ()
+        if whole:
+            raise UserError(
+                f"{', '.join(whole)} has biases or modules of its own, so it cannot be summed with others"
+            )
+        if dropped and training:
             raise UserError(
                 f"{', '.join(dropped)} trains with dropout, so each token must have one adapter",
                 hint="route rows to adapters, or set dropout to 0",
@@ -260,12 +210,14 @@ class Adapters:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The base model, for as long as this lasts."""
-        before, routing, mask = self.flow.active, self._routing, self.flow.mask_BMK
+        before = self._choice()
+        seen = self.flow.seen
         self.use()
         try:
             yield
         finally:
-            self.flow.active, self._routing, self.flow.mask_BMK = before, routing, mask
+            self._choose(before)
+            self.flow.seen = seen
 
     @contextmanager
     def routed(self, rows: Sequence[str | None]) -> Iterator[None]:
@@ -277,8 +229,8 @@ class Adapters:
         self._not_held()
         chosen = list(dict.fromkeys(name for name in rows if name is not None))
         self._known(chosen)
-        before, routing, mask = self.flow.active, self._routing, self.flow.mask_BMK
-        self.flow.active = tuple(chosen)
+        before = self._choice()
+        self.flow.active, self.flow.seen = tuple(chosen), None
         if (len(chosen) == 1 and None not in rows) or not chosen:
             self._routing = None  # one owner for all: nothing to mask
         else:
@@ -289,7 +241,16 @@ class Adapters:
         try:
             yield
         finally:
-            self.flow.active, self._routing, self.flow.mask_BMK = before, routing, mask
+            self._choose(before)
+
+    def _choice(self) -> tuple[tuple[str, ...], Tensor | None, Tensor | None]:
+        return self.flow.active, self._routing, self.flow.mask_BMK
+
+    def _choose(self, before: tuple[tuple[str, ...], Tensor | None, Tensor | None]) -> None:
+        active, self._routing, self.flow.mask_BMK = before
+        self.flow.active = tuple(
+            name for name in active if name in self.adapters
+        )  # some may be removed by now
 
     def _known(self, names: Iterable[str]) -> None:
         for name in names:
@@ -299,7 +260,12 @@ class Adapters:
     # ---- training ---------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """Dropout on. The base model's own mode is not touched."""
+        """Dropout on. The base model's own mode is not touched.
+
+        raises  UserError if several adapters in use are summed and one of them has dropout
+        """
+        if self._routing is None:
+            self._check_sum(self.flow.active, training=True)
         self.flow.training = True
 
     def eval(self) -> None:
@@ -351,11 +317,16 @@ class Adapters:
     def hold(self) -> Iterator[None]:
         """Compute each layer's rows once for all forward passes inside, and bring their gradient back at the end.
 
-        Parameters must not move meanwhile. One LoRA alone is used as it is, held or not.
+        Parameters must not move meanwhile, and `backward` belongs inside. One LoRA alone is used as it is, held
+        or not.
+
+        raises  RuntimeError from a `backward` that comes too late, whose gradient would be lost
         """
         self._not_held()
-        pairs = [pair for bank in self.banks.values() for pair in bank.hold()]
+        pairs: list[tuple[Tensor, Tensor]] = []
         try:
+            for bank in self.banks.values():
+                pairs += bank.hold()
             yield
             reached = [(built, leaf.grad) for built, leaf in pairs if leaf.grad is not None]
             if reached:
@@ -363,6 +334,8 @@ class Adapters:
         finally:
             for bank in self.banks.values():
                 bank.held = None
+            for _, leaf in pairs:
+                leaf.register_hook(too_late)
 
     def _see(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before each forward pass of the model: how many tokens there are, and which of them adapters touch."""
@@ -371,13 +344,19 @@ class Adapters:
         flow.tokens = None
         if isinstance(ids, Tensor) and ids.dim() >= 2:
             flow.tokens = (ids.shape[0], ids.shape[1])
-        if flow.training and not self._explicit:
+        if self._routing is not None and flow.tokens and flow.tokens[0] != len(self._routing):
+            raise UserError(
+                f"routed() names {len(self._routing)} rows, the batch has {flow.tokens[0]}",
+                hint="give one adapter, or None, for each row of the batch",
+            )
+        if flow.training and flow.active and not self._explicit:
             flow.clock += 1
         flow.mask_BMK = self._routing
         if any(self.adapters[name].method.per_token for name in flow.active):
             if not isinstance(ids, Tensor) or ids.is_floating_point():
                 raise UserError("an adapter here chooses tokens by their ids: call the model with input_ids")
             flow.mask_BMK = self._by_token(ids, kwargs.get("position_ids"))
+        flow.seen = flow.state()
 
     def _by_token(self, ids_BT: Tensor, position_BT: Tensor | None) -> Tensor:
         """The mask of owners (B, T, K) when some methods choose among tokens."""
@@ -402,34 +381,22 @@ class Adapters:
         raises  NotMergeable if a method's effect is not a change of W; NonFinite if a merged weight is not finite
         """
         chosen = names or self.merged or self.flow.active
-        self.unmerge()
-        self.use(*chosen)
+        self._known(chosen)
+        self._not_held()
         if any(self.adapters[name].method.per_token for name in chosen):
             raise NotMergeable(f"{', '.join(chosen)} touches only some tokens, so it cannot be merged")
-        try:
-            for bank in self.banks.values():
-                if any(name in bank.sites for name in chosen):
-                    self._pristine.exchange(bank.module, bank.name, "weight", bank.merged_weight())
-            for overlay in self.overlays.values():
-                for name, tensor in (
-                    pair for adapter in chosen for pair in overlay.p.get(adapter, {}).items()
-                ):
-                    path, _, leaf = name.rpartition(".")
-                    self._pristine.exchange(
-                        overlay.module.get_submodule(path), overlay.name, leaf, tensor.detach()
-                    )
-        except BaseException:
-            self._pristine.restore()
-            raise
-        self.merged = tuple(chosen)
-        self._lay(off=True)
+        self.unmerge()
+        self.use(*chosen)
+        self._pristine.fold(self.flow.active, self.banks.values(), self.overlays.values())
+        self.merged = self.flow.active
+        self._forwards.lay(off=True)
 
     def unmerge(self) -> None:
         """Put the base's own parameters back, the very same tensors."""
         if self.merged:
             self._pristine.restore()
             self.merged = ()
-            self._lay()
+            self._forwards.lay()
 
     def _not_merged(self) -> None:
         if self.merged:
@@ -442,6 +409,19 @@ class Adapters:
             raise RuntimeError("the bank is held: leave hold() before switching adapters")
 
 
+def carries_adapters(model: nn.Module) -> bool:
+    """Whether some `Adapters` hangs on the model or a part of it, merged or not."""
+    return any(
+        isinstance(getattr(function, "__self__", None), Bank | Overlay | Adapters)
+        for module in model.modules()
+        for function in (module.__dict__.get("forward"), *module._forward_pre_hooks.values())
+    )
+
+
+def too_late(gradient: Tensor) -> None:
+    raise RuntimeError("backward() came after hold() had ended: its gradient would be lost; call it inside")
+
+
 def attach(model: nn.Module, method: str = "lora", *, name: str = "default", **settings: Any) -> Adapters:
     """Put an adapter on a model and freeze everything else.
 
@@ -452,8 +432,8 @@ def attach(model: nn.Module, method: str = "lora", *, name: str = "default", **s
     """
     known = AdapterSpec.__dataclass_fields__
     own = {key: value for key, value in settings.items() if key in known}
-    options = {key: value for key, value in settings.items() if key not in known}
-    spec = AdapterSpec(method=method, **({"options": options} | own))
+    own["options"] = own.get("options", {}) | {k: v for k, v in settings.items() if k not in known}
+    spec = AdapterSpec(method=method, **own)
     spec.make()  # unknown names are refused before the model is touched
     adapters = Adapters(model)
     try:

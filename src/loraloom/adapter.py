@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import methods
 from .config import resolve_alpha
@@ -37,15 +37,21 @@ class AdapterSpec:
     seed: int = 0
 
     def make(self) -> Method:
-        """The method with the settings that layers share."""
-        common = {"r": self.r, "alpha": resolve_alpha(self.alpha, self.r), "dropout": self.dropout}
+        """The method with the settings that layers share.
+
+        raises  UserError for a setting out of range, or one that the method does not have
+        """
+        check_rank(self.r, "r")
+        if isinstance(self.dropout, bool | str) or not 0 <= self.dropout < 1:
+            raise UserError(f"dropout is {self.dropout!r}", hint="it is a share from 0 up to, but not, 1")
+        common = {"r": self.r, "alpha": alpha_of(self.alpha, self.r), "dropout": self.dropout}
         return methods.make(self.method, self.options | common)
 
     def at(self, method: Method, target: Target) -> Method:
         """The method with one layer's own r and alpha."""
         r = first_match(self.rank_pattern, target, self.r)
-        alpha = first_match(self.alpha_pattern, target, resolve_alpha(self.alpha, r))
-        return replace(method, r=r, alpha=float(alpha))
+        alpha = alpha_of(first_match(self.alpha_pattern, target, self.alpha), r)
+        return replace(method, r=r, alpha=alpha)
 
 
 @dataclass
@@ -63,6 +69,22 @@ class Adapter:
         for key, site in self.sites.items():
             for name, tensor in site.p.items():
                 yield f"{key}/{name}", tensor
+
+
+def check_rank(r: Any, setting: str) -> None:
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        raise UserError(f"{setting} is {r!r}", hint="a rank is a whole number from 1 up")
+
+
+def alpha_of(alpha: Any, r: int) -> float:
+    """alpha as a number.
+
+    raises  UserError if it is neither a number nor a multiple of the rank
+    """
+    try:
+        return resolve_alpha(alpha, r)
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from None
 
 
 def first_match(patterns: dict[str, Any], target: Target, default: Any) -> Any:
@@ -90,12 +112,18 @@ def init_sites(
     return tensors
 
 
-def place(p: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """A site's tensors on a device, in place, so that what is shared stays shared."""
-    for tensor in p.values():
-        if tensor.device != device:
-            tensor.data = tensor.data.to(device)
-    return p
+def place(sites: list[dict[str, Tensor]], devices: Sequence[torch.device]) -> list[dict[str, Tensor]]:
+    """The sites' tensors on their layers' devices, in place, so that what is shared stays shared."""
+    shells: dict[int, Tensor] = {}  # of tensors that go to the meta device, which takes no data in place
+    for p, device in zip(sites, devices):
+        for name, tensor in p.items():
+            if device.type == "meta":
+                shell = tensor.detach().to(device)
+                shell = nn.Parameter(shell) if isinstance(tensor, nn.Parameter) else shell
+                p[name] = shells.setdefault(id(tensor), shell)
+            elif tensor.device != device:
+                tensor.data = tensor.data.to(device)
+    return sites
 
 
 def seed_of(seed: int, *, name: str) -> int:
@@ -110,9 +138,15 @@ def has_gain(site: Site) -> bool:
 
 
 def check_patterns(spec: AdapterSpec, targets: Sequence[Target]) -> None:
-    """Refuse a rank or alpha pattern that matches no target."""
+    """Refuse a rank or alpha pattern that matches no target, or whose value is none."""
+    for pattern, r in spec.rank_pattern.items():
+        check_rank(r, f"rank_pattern: {pattern!r}")
     for setting, patterns in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern)):
         for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"{setting}: {pattern!r} is not a regular expression: {error}") from None
             if not any(pattern_matches(pattern, target) for target in targets):
                 leaves = {target.name.rpartition(".")[2] for target in targets}
                 raise UserError(

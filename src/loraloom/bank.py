@@ -14,41 +14,17 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import UserError
+from .flow import Flow
 from .kernels.dropout import keyed_dropout, token_key
 from .layers import view
 from .methods.base import LowRank, Pair, Site
-
-
-@dataclass
-class Flow:
-    """What all banks of a model share: which adapters are active, and what the current forward pass is about.
-
-    active    names of the adapters in use, K of them
-    mask_BMK  which of them owns a token, bool, M = T or 1 (the same for the whole row); None: each owns all
-    token_BT  the numbers that key dropout; None: the place in the batch
-    clock     steps, or forward passes where nobody counts steps: keys dropout too
-    """
-
-    active: tuple[str, ...] = ()
-    mask_BMK: Tensor | None = None
-    tokens: tuple[int, int] | None = None  # (B, T) of the current pass
-    token_BT: Tensor | None = None
-    clock: int = 0
-    training: bool = False
-    seeds: dict[str, int] = field(default_factory=dict)
-
-    def owner(self) -> Tensor:
-        """The index of the adapter that owns a token, (B, M) int64; K where none does."""
-        assert self.mask_BMK is not None
-        nobody = len(self.active)
-        return torch.where(self.mask_BMK.any(-1), self.mask_BMK.int().argmax(-1), nobody)
 
 
 @dataclass(frozen=True)
@@ -91,9 +67,8 @@ class Bank:
     def __init__(self, module: nn.Module, name: str, flow: Flow, group: str) -> None:
         self.module, self.name, self.flow = module, name, flow
         self.layer = view(module, name)
-        self.sites: dict[
-            str, list[Site]
-        ] = {}  # by adapter; several if q, k, v of one module are adapted apart
+        # by adapter; several if q, k, v of one module are adapted apart
+        self.sites: dict[str, list[Site]] = {}
         self.held: Compute | None = None
         self.group = zlib.crc32(group.encode())  # layers with one input share dropout masks
         self.base_forward = module.forward  # an overlay's, if it came first
@@ -139,6 +114,8 @@ class Bank:
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output with the active adapters' updates: every call of the module comes here."""
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:  # inside backward()
+            self.flow.check_recomputation()
         y = self.base_forward(x, *args, **kwargs)
         compute = self.held or self.build()
         if compute is None:
@@ -167,7 +144,7 @@ class Bank:
         if segment.out is not None:
             u = u * segment.out.to(wx.dtype)
         if segment.rows is not None:
-            u = torch.zeros_like(wx).index_add(-1, segment.rows, u)
+            u = torch.zeros_like(wx).index_add(-1, segment.rows.to(u.device), u)
         return u
 
     def apart(self, x: Tensor, k: int, site: Site, wx: Tensor) -> Tensor:
@@ -179,7 +156,7 @@ class Bank:
         rows = site.layer.rows
         u = site.method.update(site.layer, p, x, wx if rows is None else wx[..., rows])
         if rows is not None:
-            u = torch.zeros_like(wx).index_add(-1, rows, u)
+            u = torch.zeros_like(wx).index_add(-1, rows.to(u.device), u)
         return u if self.flow.mask_BMK is None else torch.where(self.fit(u)[..., k : k + 1], u, 0)
 
     def with_gain(self, u: Tensor, wx: Tensor, gain: Tensor) -> Tensor:
@@ -188,7 +165,7 @@ class Bank:
             gain = gain[self.fit(u, self.flow.owner()[..., None])[..., 0]]
         gain, bias = gain.to(wx.dtype), self.layer.bias()
         if bias is not None and self.overlay is not None and len(self.flow.active) == 1:
-            bias = self.overlay.p.get(self.flow.active[0], {}).get("bias", bias)
+            bias = self.overlay.p.get(self.flow.active[0], {}).get("bias", bias).to(wx.dtype)
         return (gain - 1) * (wx if bias is None else wx - bias) + gain * u
 
     # ---- tokens -----------------------------------------------------------------------------------------
@@ -201,11 +178,15 @@ class Bank:
         table = self.flow.mask_BMK if by_token is None else by_token
         assert table is not None
         batch, many, last = table.shape
-        sizes = z.shape[:-1]
-        if sizes[0] in (batch, 1) and (many == 1 or (len(sizes) == 2 and sizes[1] == many)):
-            return table.view(batch, *([1] * (len(sizes) - 2)), *([many] if len(sizes) > 1 else []), last)
-        if self.flow.tokens is not None and sizes.numel() == self.flow.tokens[0] * self.flow.tokens[1]:
-            return table.expand(batch, self.flow.tokens[1], last).reshape(*sizes, last)
+        sizes, tokens = z.shape[:-1], self.flow.tokens
+        if "experts" not in self.name.split("."):  # behind a router tokens come in an order of their own
+            length = tokens[1] if tokens is not None else many
+            if sizes[0] == batch and (many == 1 or (len(sizes) == 2 and sizes[1] == many)):
+                return table.view(batch, *([1] * (len(sizes) - 2)), *([many] if len(sizes) > 1 else []), last)
+            if tuple(sizes) == (1, length) and many in (1, length):  # one row for all, such as positions
+                return table
+            if tokens is not None and tuple(sizes) in ((batch * length,), (1, batch * length)):
+                return table.expand(batch, length, last).reshape(*sizes, last)
         raise UserError(
             f"{self.name} sees {tuple(sizes)} tokens where the batch has {self.flow.tokens or (batch, many)}: "
             "it cannot be told which adapter each of them belongs to",
@@ -216,7 +197,7 @@ class Bank:
         """The adapters' input with keyed dropout; x itself when not training or where no rate is set."""
         if not (self.flow.training and any(compute.rates) and self.layer.takes_dropout):
             return x
-        features = self.layer.last(x) if x.dim() > 3 else x
+        features = self.layer.last(x)
         token = self.flow.token_BT
         if token is None or token.numel() != features.shape[:-1].numel():
             token = torch.arange(features.shape[:-1].numel(), device=x.device)
@@ -225,12 +206,13 @@ class Bank:
         rate: Tensor | float = compute.rates[0]
         seed: Tensor | int = seeds[0]
         if self.flow.mask_BMK is not None:
-            owner = self.fit(features, self.flow.owner()[..., None])[..., 0].expand(token.shape)
+            owner = self.fit(features, self.flow.owner()[..., None])[..., 0]
+            token, owner = torch.broadcast_tensors(token, owner)
             rate = torch.tensor([*compute.rates, 0.0], dtype=torch.float64, device=x.device)[owner]
             seed = torch.tensor([*seeds, 0], device=x.device)[owner]
         key = token_key(token, seed=seed, step=self.flow.clock, group=self.group)
         dropped = keyed_dropout(features, key, rate)
-        return self.layer.unlast(dropped) if x.dim() > 3 else dropped
+        return self.layer.unlast(dropped)
 
     # ---- holding: compute once a step -------------------------------------------------------------------
 
@@ -286,8 +268,7 @@ def wide_segment(parts: list[tuple[int, Site, Pair]], many: bool) -> Segment:
         e = torch.cat([rate * a_RI.new_ones(len(pair.A)) for rate, (_, _, pair) in zip(rates, parts)])
     owner_R = None
     if many:
-        sizes = torch.tensor([len(pair.A) for _, _, pair in parts], device=a_RI.device)
-        owner_R = torch.repeat_interleave(torch.tensor([k for k, _, _ in parts], device=a_RI.device), sizes)
+        owner_R = torch.tensor([k for k, _, pair in parts for _ in range(len(pair.A))], device=a_RI.device)
     return Segment(a_RI, b_OR, e, owner_R=owner_R)
 
 

@@ -243,7 +243,7 @@ def read_file(path: Path | str) -> tuple[dict[str, Any], dict[str, int]]:
         ) from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold key: value lines", hint="three are enough: model, data, output")
-    lines = {name: line for name, line in key_lines(node)}
+    lines = dict(key_lines(node))
     seen = [name for name, _ in key_lines(node)]
     twice = sorted({name for name in seen if seen.count(name) > 1})
     if twice:

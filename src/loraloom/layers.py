@@ -49,9 +49,11 @@ class Layer:
         return w_OI if self.rows is None else w_OI[self.rows]
 
     def bias(self) -> Tensor | None:
-        """The module's whole bias, features last, or None."""
+        """The bias of this view, (O,), or None."""
         bias = getattr(self.module, "bias", None)
-        return bias.detach() if isinstance(bias, Tensor) else None
+        if not isinstance(bias, Tensor):
+            return None
+        return bias.detach() if self.rows is None else bias.detach()[self.rows]
 
     def down(self, x: Tensor, a_RI: Tensor) -> Tensor:
         """x A^T, (..., R)."""
@@ -138,7 +140,8 @@ class Conv2dLayer(Layer):
 def kind_of(module: nn.Module) -> type[Layer] | None:
     """The view for a module, or None if it is no layer that can be adapted."""
     if isinstance(module, nn.Linear):
-        return Layer
+        # MultiheadAttention reads the weight of such a part and never calls it: an adapter would do nothing
+        return None if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear) else Layer
     if type(module).__name__ == "Conv1D" and hasattr(
         module, "nf"
     ):  # known by shape: transformers stays behind its door
@@ -172,6 +175,11 @@ def view(module: nn.Module, name: str, rows: Tensor | None = None) -> Layer:
         raise UserError(
             f"{name} is an embedding with max_norm, scale_grad_by_freq or sparse, which cannot be adapted",
             hint="max_norm rewrites the table in every forward pass, and the base must stay as it is",
+        )
+    plain = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
+    if isinstance(module, nn.Embedding) and not plain:
+        raise UserError(
+            f"{name} is a {type(module).__name__}, which looks up otherwise than nn.Embedding: it cannot be adapted"
         )
     if torch.is_floating_point(module.weight) is False:  # type: ignore[arg-type]
         raise UserError(f"{name} keeps its weight as {module.weight.dtype}, which cannot be adapted")

@@ -6,15 +6,15 @@ of the base's. Everything else of the module is shared with the base, so a train
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from .bank import Flow
 from .errors import UserError
+from .flow import Flow
 
 
 class Overlay:
@@ -22,15 +22,22 @@ class Overlay:
 
     def __init__(self, module: nn.Module, name: str, flow: Flow) -> None:
         self.module, self.name, self.flow = module, name, flow
-        self.twin = shallow_twin(module)  # the same tensors under a module whose forward nobody has replaced
-        self.p: dict[
-            str, dict[str, nn.Parameter]
-        ] = {}  # by adapter, then by the parameter's name in the module
+        # by adapter, then by the parameter's name in the module
+        self.p: dict[str, dict[str, nn.Parameter]] = {}
         self.base_forward = module.forward
 
     def add(self, adapter: str, names: list[str]) -> None:
-        """Give an adapter float32 copies of the named parameters."""
+        """Give an adapter float32 copies of the named parameters (float64 stays float64).
+
+        raises  UserError if one of them stands in several places of the module
+        """
         own = dict(self.module.named_parameters())
+        places = [id(tensor) for _, tensor in self.module.named_parameters(remove_duplicate=False)]
+        tied = [name for name in names if places.count(id(own[name])) > 1]
+        if tied:
+            raise UserError(
+                f"{self.name}.{tied[0]} stands in several places of {self.name}, which cannot be trained whole"
+            )
         wide = {name: torch.promote_types(own[name].dtype, torch.float32) for name in names}
         copies = {name: nn.Parameter(own[name].detach().to(wide[name], copy=True)) for name in names}
         self.p.setdefault(adapter, {}).update(copies)
@@ -45,17 +52,27 @@ class Overlay:
                 f"{self.name} is trained whole by {', '.join(chosen)}: rows cannot be mixed with other adapters'",
                 hint="use one adapter at a time, or train without bias and modules_to_save",
             )
-        dtypes = {name: tensor.dtype for name, tensor in self.module.named_parameters()}
-        values: dict[str, Tensor] = {name: p.to(dtypes[name]) for name, p in self.p[chosen[0]].items()}
-        return functional_call(self.twin, values, args, kwargs)
+        with standing_in(self.module, self.p[chosen[0]]):
+            return self.base_forward(*args, **kwargs)
 
 
-def shallow_twin(module: nn.Module) -> nn.Module:
-    """A module of the same kind that shares every tensor, with its own table of parameters at each level."""
-    twin = copy.copy(module)
-    twin.__dict__ = {key: value for key, value in module.__dict__.items() if key != "forward"}
-    twin._parameters = dict(module._parameters)
-    twin._modules = {
-        name: None if child is None else shallow_twin(child) for name, child in module._modules.items()
-    }
-    return twin
+@contextmanager
+def standing_in(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let a module read these tensors, in its own dtype, where its parameters stand.
+
+    The parameters themselves are not touched. `functional_call` would go through `module.__call__`, which
+    leads back here and would run the module's hooks twice.
+    """
+    kept: list[tuple[nn.Module, str, nn.Parameter]] = []
+    try:
+        for name, value in values.items():
+            path, _, leaf = name.rpartition(".")
+            owner = module.get_submodule(path)
+            own = owner._parameters[leaf]
+            assert own is not None
+            kept.append((owner, leaf, own))
+            owner._parameters[leaf] = value.to(own.dtype)  # type: ignore[assignment]
+        yield
+    finally:
+        for owner, leaf, own in reversed(kept):
+            owner._parameters[leaf] = own

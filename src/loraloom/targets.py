@@ -23,8 +23,8 @@ ROLES: dict[str, tuple[str, ...]] = {
     "k": ("k_proj", "key", "key_proj", "k_lin", "wk"),
     "v": ("v_proj", "value", "value_proj", "v_lin", "wv"),
     "o": (
-        *("o_proj", "out_proj", "out_lin", "wo", "attn.c_proj"),
-        *("attention.output.dense", "attention.dense", "self_attention.dense"),
+        *("o_proj", "attn.out_proj", "attention.out_proj", "out_lin", "attention.wo", "attn.c_proj"),
+        *("attention.output.dense", "attention.dense", "self_attention.dense", "self_attn.dense"),
     ),
     "mlp": (
         *("gate_proj", "up_proj", "down_proj", "gate_up_proj", "mlp.c_fc", "mlp.c_proj"),
@@ -71,6 +71,8 @@ def select(
         if kind_of(module) is not None and not any(name == s or name.startswith(s + ".") for s in skip)
     }
     entries = as_entries(target_modules)
+    if not entries:
+        raise UserError("target_modules is empty", hint="name the layers to adapt, or write all-linear")
     found: list[Target] = []
     if isinstance(entries, str):
         found = by_expression(modules, entries)
@@ -162,6 +164,8 @@ def ends(name: str, ending: str) -> bool:
 def no_match(model: nn.Module, modules: dict[str, nn.Module], entry: str) -> str:
     """Why an entry matches nothing, in words."""
     for name, module in model.named_modules():
+        if ends(name, entry) and name not in modules and kind_of(module) is not None:
+            return f"{entry!r} is in modules_to_save: it is trained whole"
         if ends(name, entry) and name not in modules:
             return f"{entry!r} is a {type(module).__name__}, which cannot be adapted itself"
     return f"{entry!r} matches no layer of this {type(model).__name__}"

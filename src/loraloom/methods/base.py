@@ -80,6 +80,8 @@ class Method:
 
     learning_rate: ClassVar[float] = 2e-4  # the default, with its source in the method's file
     per_token: ClassVar[bool] = False  # whether `token_mask` chooses among tokens
+    peft_type: ClassVar[str | None] = None  # how PEFT calls it in adapter_config.json, if it has it
+    peft_keys: ClassVar[Mapping[str, str]] = {}  # our tensors' names to PEFT's
 
     def init(self, layer: Layer, gen: torch.Generator) -> Tensors:
         """The method's tensors for one layer, float32 on the CPU: a Parameter trains, a tensor is state."""
@@ -103,6 +105,10 @@ class Method:
     def token_mask(self, ids_BT: Tensor, position_BT: Tensor | None) -> Tensor:
         """Which tokens the method touches, (B, T) bool; asked only if `per_token`."""
         raise NotImplementedError
+
+    def peft_config(self) -> dict[str, Any]:
+        """What adapter_config.json must say beyond r, lora_alpha, lora_dropout and the targets."""
+        return {}
 
     def groups(self, sites: Iterable[Site], lr: float) -> list[dict[str, Any]]:
         """Optimizer groups: params, lr and, optionally, weight_decay."""

@@ -15,9 +15,9 @@ source  Hu et al. 2021, arXiv:2106.09685, section 4.1; the draw of A is that of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -29,6 +29,9 @@ from .base import LowRank, Pair, Site, Tensors, option, unique
 @dataclass(frozen=True, kw_only=True)
 class LoRA(LowRank):
     lr_ratio: float = option(1.0, "learning rate of B over that of A; above 1 this is LoRA+")
+
+    peft_type: ClassVar[str | None] = "LORA"
+    peft_keys: ClassVar[Mapping[str, str]] = {"A": "lora_A.weight", "B": "lora_B.weight"}
 
     @staticmethod
     def denominator(r: int) -> float:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from .lora import LoRA
 
@@ -21,3 +22,6 @@ class RsLoRA(LoRA):
     @staticmethod
     def denominator(r: int) -> float:
         return math.sqrt(r)
+
+    def peft_config(self) -> dict[str, Any]:
+        return {"use_rslora": True}

@@ -1,0 +1,5 @@
+"""`python -m loraloom` is `loraloom`."""
+
+from .cli import main
+
+main()

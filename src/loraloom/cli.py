@@ -1,0 +1,344 @@
+"""The command line: one thin command a verb. torch is imported inside a command, so --help is quick."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import __version__, console
+from .config import describe, parse_setting
+from .errors import INTERRUPTED, UserError
+
+
+class Verbs(click.Group):
+    """Commands in the order of work, and our errors printed bare."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        from .errors import did_you_mean
+
+        if args and not args[0].startswith("-") and args[0] not in self.commands:
+            raise UserError(f"there is no command {args[0]!r}", hint=did_you_mean(args[0], self.commands))
+        return super().resolve_command(ctx, args)
+
+
+def run(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 1 failure, 2 usage, 3 data, 4 memory, 5 non-finite, 130 Ctrl-C."""
+    debug = "--debug" in (argv if argv is not None else sys.argv)
+    try:
+        code = cli(args=argv, standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except UserError as error:
+        if debug:
+            raise
+        console.show_error(error)
+        return error.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return 2
+    except click.ClickException as error:
+        console.show_error(UserError(error.format_message(), hint="--help lists what there is"))
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        console.err.print("interrupted")
+        return INTERRUPTED
+
+
+def main() -> None:
+    """The entry point of `loraloom` and `python -m loraloom`."""
+    sys.exit(run())
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="loraloom")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Fine-tune large language models by low-rank adaptation.
+
+    \b
+    loraloom train -m smollm2-135m-instruct -d examples.jsonl -o runs/first
+    loraloom eval runs/first
+    loraloom chat runs/first
+    loraloom merge runs/first out/first
+    """
+
+
+def with_json(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A command that returns a value for --json, or None if it has shown it itself."""
+
+    @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+    @wraps(function)
+    def command(*args: Any, as_json: bool, **kwargs: Any) -> Any:
+        value = function(*args, as_json=as_json, **kwargs)
+        if as_json and value is not None:
+            click.echo(json.dumps(value, ensure_ascii=False, default=str))
+
+    return command
+
+
+offline_option = click.option("--offline", is_flag=True, help="Make no request at all.")
+model_option = click.option("-m", "--model", help="The base: a folder or a Hugging Face id.")
+
+
+@cli.command()
+@click.option("--online", is_flag=True, help="Ask the hub too; without it no request is made.")
+@with_json
+def doctor(online: bool, as_json: bool) -> Any:
+    """Say what this machine can do, and what to install for the rest."""
+    from . import doctor as examination
+
+    checks = examination.examine(online=online)
+    if as_json:
+        return [asdict(check) for check in checks]
+    return examination.render(checks, console.out)
+
+
+@cli.command()
+@click.argument("id")
+@click.option("--revision", help="Branch, tag or commit.")
+@click.option("--local-dir", help="Copy the files here instead of into the cache.")
+@offline_option
+@with_json
+def download(id: str, revision: str | None, local_dir: str | None, offline: bool, as_json: bool) -> Any:
+    """Fetch a model, and show what it is. smollm2-135m-instruct needs no hub."""
+    from . import facts, hub
+
+    folder = hub.download(id, revision=revision, offline=offline, local_dir=local_dir)
+    found = facts.model_facts(folder)
+    return console.fields({"folder": str(folder), **asdict(found)}, as_json)
+
+
+@cli.command()
+@click.argument("src")
+@click.argument("dst")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the weights to write."
+)
+@click.option("--allow-pickle", is_flag=True, help="Read .bin files, which could run code.")
+@click.option("--tokenizer", help="A folder with the tokenizer, instead of the one in SRC.")
+@click.option("--force", is_flag=True, help="Replace DST.")
+@with_json
+def convert(src: str, dst: str, as_json: bool, **options: Any) -> Any:
+    """Turn a GGUF file or .bin weights into a safetensors folder, and verify it."""
+    from . import convert as conversion
+
+    return console.fields(asdict(conversion.convert(src, dst, **options)), as_json)
+
+
+@cli.command()
+@click.argument("file")
+@model_option
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="A setting, such as data.prompt=alpaca."
+)
+@click.option("--previews", default=2, show_default=True, help="Examples to show with their loss mask.")
+@offline_option
+@with_json
+def data(
+    file: str, model: str | None, settings: tuple[str, ...], previews: int, offline: bool, as_json: bool
+) -> Any:
+    """Show what is in a data set: counts, lengths, which tokens are trained."""
+    from . import look
+
+    prepared, tokenizer = look.prepare_file(file, model, dict(map(parse_setting, settings)), offline=offline)
+    if as_json:
+        return prepared.report.to_dict()
+    return look.show_file(prepared, tokenizer, console.out, previews=previews)
+
+
+def run_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of `train`; every other setting goes by --set."""
+    for option in reversed(
+        (
+            click.argument("config", required=False),
+            model_option,
+            click.option("-d", "--data", help="A file of examples, or hf:ID."),
+            click.option("-o", "--output", help="The run folder to make."),
+            click.option("-c", "--config", "config_file", help="A YAML file; the same as CONFIG."),
+            click.option("--method", help="lora, rslora, loraplus ..."),
+            click.option("--seed", type=int, help="Of the initial adapter, the order and dropout."),
+            click.option(
+                "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting, repeatable."
+            ),
+            offline_option,
+            click.option("-q", "--quiet", is_flag=True, help="Only errors."),
+        )
+    ):
+        function = option(function)
+    return function
+
+
+@cli.command(epilog="All settings: loraloom train --settings")
+@run_options
+@click.option("--settings", "list_settings", is_flag=True, help="List every setting with its default.")
+@with_json
+def train(
+    config: str | None,
+    config_file: str | None,
+    settings: tuple[str, ...],
+    seed: int | None,
+    offline: bool,
+    quiet: bool,
+    list_settings: bool,
+    as_json: bool,
+    **named: Any,
+) -> Any:
+    """Fine-tune a model. CONFIG is a YAML file; three lines are enough: model, data, output."""
+    if list_settings:
+        for name, default, text in describe():
+            click.echo(f"{name} = {default}\n    {text}")
+        return None
+    if config and config_file:
+        raise UserError(f"two configuration files: {config} and {config_file}", hint="name one of them")
+    chosen = {key: value for key, value in named.items() if value is not None}
+    chosen |= {"train.seed": seed} if seed is not None else {}
+    chosen |= dict(map(parse_setting, settings))
+    from . import api
+
+    view = console.TrainView(quiet=quiet or as_json)
+    run = api.train(
+        config or config_file, listen=view, offline=offline, progress=not (quiet or as_json), settings=chosen
+    )
+    return finish(run, quiet, as_json)
+
+
+@cli.command()
+@click.argument("run")
+@offline_option
+@click.option("-q", "--quiet", is_flag=True, help="Only errors.")
+@with_json
+def resume(run: str, offline: bool, quiet: bool, as_json: bool) -> Any:
+    """Go on with a run that was stopped or killed, as if it had not been."""
+    from . import api
+
+    view = console.TrainView(quiet=quiet or as_json)
+    return finish(api.resume(run, listen=view, offline=offline, progress=not quiet), quiet, as_json)
+
+
+def finish(run: Any, quiet: bool, as_json: bool) -> Any:
+    if as_json:
+        return run.state | {"path": str(run.path), "checks": run.checks()}
+    if not quiet:
+        console.show_run(run)
+    return None
+
+
+@cli.command()
+@click.argument("run")
+@click.argument("out")
+@model_option
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the merged weights.")
+@click.option("--force", is_flag=True, help="Replace OUT.")
+@offline_option
+@with_json
+def merge(run: str, out: str, as_json: bool, **options: Any) -> Any:
+    """Fold a run's adapter into its base, write the whole model to OUT, and verify it."""
+    from . import use, verify
+
+    result = use.merge(run, out, **options)
+    if as_json:
+        return result.to_dict() | {"folder": out}
+    console.out.print(f"Merged into {out}")
+    return verify.render(result, console.out)
+
+
+@cli.command("eval")
+@click.argument("run")
+@model_option
+@click.option("--data", help="A file of examples, instead of the run's held-out ones.")
+@click.option(
+    "--answers", "num_answers", default=200, show_default=True, help="Examples to answer for exact match."
+)
+@click.option("--max-new-tokens", type=int, help="Length of an answer.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Instead of the run's.")
+@offline_option
+@with_json
+def evaluate(run: str, as_json: bool, **options: Any) -> Any:
+    """Held-out loss, perplexity and exact match: the base beside the tuned model."""
+    from . import api, evaluate, use
+
+    result = use.evaluate(run, progress=not as_json, **options)
+    if (Path(run) / "run.json").is_file():
+        api.write_pages(api.Run.open(run))
+    return result if as_json else evaluate.render(result, console.out)
+
+
+@cli.command()
+@click.argument("run")
+@model_option
+@click.option("--ask", help="Answer this and leave.")
+@click.option("--compare", is_flag=True, help="With --ask: answer with the base too.")
+@click.option("--base", is_flag=True, help="Begin with the base model.")
+@click.option("--system", help="A system message.")
+@click.option("--temperature", default=0.0, show_default=True, help="0 always takes the likeliest token.")
+@click.option(
+    "--top-p", default=1.0, show_default=True, help="Sample among the likeliest tokens of this share."
+)
+@click.option("--max-new-tokens", default=512, show_default=True, help="Length of an answer.")
+@click.option("--seed", default=0, show_default=True, help="Of the samples.")
+@offline_option
+@with_json
+def chat(
+    run: str,
+    model: str | None,
+    ask: str | None,
+    compare: bool,
+    base: bool,
+    offline: bool,
+    as_json: bool,
+    **settings: Any,
+) -> Any:
+    """Talk with a tuned model; /base switches to the base and back."""
+    from . import chat as terminal
+    from . import use
+
+    conversation = use.converse(use.open_target(run, model=model, offline=offline), **settings)
+    conversation.base = base or conversation.adapters is None
+    if ask is not None:
+        terminal.ask_once(conversation, ask, console=console.out, as_json=as_json, compare=compare)
+        return None
+    return terminal.loop(conversation, console.out)
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, required=True)
+@click.option(
+    "-o", "--output", default="comparison.html", show_default=True, help="The page that compares runs."
+)
+@with_json
+def report(runs: tuple[str, ...], output: str, as_json: bool) -> Any:
+    """Write a run's page again, or one page that compares several runs."""
+    from . import report as page
+    from .rundir import Run
+
+    opened = [Run.open(path) for path in runs]
+    path = page.build_report(opened[0]) if len(opened) == 1 else page.compare(opened, Path(output))
+    return {"report": str(path)} if as_json else click.echo(str(path))
+
+
+@cli.command()
+@click.argument("folder", default="runs")
+@with_json
+def runs(folder: str, as_json: bool) -> Any:
+    """List the runs in a folder."""
+    from .results import runs_table
+
+    rows = runs_table(folder)
+    if as_json:
+        return rows
+    if not rows:
+        raise UserError(f"there are no runs in {folder}", hint="loraloom train makes one")
+    return console.show_runs(rows)
+
+
+if __name__ == "__main__":
+    main()

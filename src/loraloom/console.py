@@ -1,0 +1,172 @@
+"""What the command line shows: errors, tables, progress. Data goes to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from .errors import UserError
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+WORDS = {"done": "Done", "stopped_early": "Stopped early", "interrupted": "Interrupted", "failed": "Failed"}
+
+
+def quiet_in_ci() -> bool:
+    """Whether only plain lines should be written: in CI, or where stderr is no terminal."""
+    return bool(os.environ.get("CI")) or not sys.stderr.isatty()
+
+
+def show_error(error: UserError) -> None:
+    """An error in the user's words: what, where, how to fix it."""
+    err.print(Text("error: ", style="bold red") + Text(error.message))
+    for line in error.details:
+        err.print(Text(f"  {line}"))
+    if error.hint:
+        err.print(Text("\nhint: ", style="bold") + Text(error.hint))
+
+
+class TrainView:
+    """A listener that shows a training run: its facts once, a bar while it runs, each evaluation on a line.
+
+    every  in CI and logs, where there is no bar: a line each so many steps
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet, self.plain = quiet, quiet_in_ci()
+        self.bar: Progress | None = None
+        self.task: Any = None
+        self.steps = 0
+        self.best: float | None = None
+
+    def __call__(self, kind: str, record: Any) -> None:
+        if not self.quiet:
+            getattr(self, f"on_{kind}", lambda record: None)(record)
+
+    def on_workshop(self, shop: Any) -> None:
+        """Once, before the first step: what will be done, with the reasons."""
+        self.steps = len(shop.plan)
+        for name, text in facts(shop):
+            err.print(Text(f" {name:<9}", style="bold") + Text(text))
+        if not self.plain:
+            columns = (TextColumn(" step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
+            self.bar = Progress(*columns, TextColumn("{task.fields[now]}"), console=err, transient=True)
+            self.task = self.bar.add_task("train", total=self.steps, now="")
+            self.bar.start()
+
+    def on_step(self, record: dict[str, Any]) -> None:
+        speed = record["tokens"] / max(record["seconds"], 1e-9)
+        now = f"loss {record['loss']:.3f}  lr {record['lr']:.1e}  {speed:,.0f} tok/s"
+        if self.bar is not None:
+            self.bar.update(self.task, completed=record["step"], now=now)
+        elif record["step"] % max(1, self.steps // 10) == 0:
+            err.print(f" step {record['step']}/{self.steps}  {now}")
+
+    def on_eval(self, record: dict[str, Any]) -> None:
+        better = self.best is None or record["loss"] < self.best
+        self.best = record["loss"] if better else self.best
+        mark = "best so far" if better and record["step"] else "the base" if not record["step"] else ""
+        err.print(f" eval at step {record['step']}: held-out loss {record['loss']:.4f}  {mark}".rstrip())
+
+    def on_sample(self, record: dict[str, Any]) -> None:
+        short = {key: " ".join(str(record[key]).split())[-70:] for key in ("prompt", "answer")}
+        ended = "stopped" if record["stopped"] else "cut"
+        err.print(Text(f"   sample  {short['prompt']} → {short['answer']}  ({ended})", style="dim"))
+
+    def on_end(self, status: str) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def facts(shop: Any) -> list[tuple[str, str]]:
+    """The lines that a run begins with."""
+    report, config = shop.prepared.report, shop.config
+    trainable = sum(p.numel() for p in shop.adapters.parameters())
+    total = sum(p.numel() for p in shop.model.parameters())
+    layers = len(next(iter(shop.adapters.adapters.values())).sites)
+    train = config.train
+    batch = f"{train.batch_tokens} tokens" if train.batch_tokens else f"{train.batch_size} examples"
+    return [
+        ("model", f"{config.model.id}  on {shop.loaded.device}, {shop.loaded.reason}"),
+        ("kernels", "torch definitions: there are no others for this device yet"),
+        (
+            "data",
+            f"{report.train:,} examples, {report.eval:,} held out; {report.target_share:.1%} of tokens trained",
+        ),
+        (
+            "method",
+            f"{config.method['name']}  r {config.r}  alpha {config.alpha}  {layers} layers, "
+            f"{trainable:,} of {total:,} weights ({trainable / total:.2%})",
+        ),
+        (
+            "step",
+            f"{batch} in passes of {train.micro_tokens} tokens{', packed' if shop.packing else ''}; "
+            f"{len(shop.plan)} steps, {train.optimizer} {train.learning_rate:g}, {train.schedule}",
+        ),
+        ("base", "its own dropout is off; every weight of it is frozen"),
+    ]
+
+
+def show_run(run: Any) -> None:
+    """The end of a run in a few lines, and what to do next."""
+    state = run.state
+    checks = run.checks()
+    passed = sum(check["ok"] for check in checks)
+    best = state.get("best") or {}
+    loss = f" · best held-out loss {best['loss']:.4f} at step {best['step']}" if best else ""
+    base = f" (base {state['base_loss']:.4f})" if state.get("base_loss") is not None else ""
+    err.print(
+        f" {WORDS.get(state['status'], state['status'])} in {clock(state['seconds'])}{loss}{base}"
+        f" · {passed} of {len(checks)} checks passed"
+    )
+    for check in checks:
+        if not check["ok"]:
+            err.print(Text(f"   check  {check['name']}: {check['detail']}", style="yellow"))
+    err.print(f" Adapter  {run.adapter_path}")
+    if (run.path / "report.html").is_file():
+        err.print(f" Report   {run.path / 'report.html'}")
+    err.print(
+        f" Next     loraloom eval {run.path}  ·  loraloom chat {run.path}  ·  loraloom merge {run.path} OUT"
+    )
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 1:02:03 or 2:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def fields(values: dict[str, Any], as_json: bool) -> dict[str, Any] | None:
+    """Names and values for people, a line each; the values themselves for --json."""
+    if as_json:
+        return values
+    width = max(len(name) for name in values)
+    for name, value in values.items():
+        if value not in (None, [], "", ()):
+            shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
+            shown = "; ".join(map(str, value)) if isinstance(value, list | tuple) else shown
+            out.print(Text(f" {name.replace('_', ' '):<{width}}  ", style="bold") + Text(str(shown)))
+    return None
+
+
+def show_runs(rows: list[dict[str, Any]]) -> None:
+    """A table of runs."""
+    table = Table(box=None, pad_edge=False)
+    names = list(rows[0])
+    for name in names:
+        table.add_column(name.replace("_", " "))
+    for row in rows:
+        table.add_row(
+            *(
+                "" if row[n] is None else f"{row[n]:.4g}" if isinstance(row[n], float) else str(row[n])
+                for n in names
+            )
+        )
+    out.print(table)

@@ -1,0 +1,71 @@
+"""What a run proves before it calls itself done: checks.json, the traffic lights of the report."""
+
+from __future__ import annotations
+
+import torch
+from safetensors.torch import load as parse
+
+from .adapter_io import WEIGHTS, file_tensors
+from .checkpoint import Progress
+from .rundir import Run
+from .workshop import Workshop
+
+
+def check_run(shop: Workshop, run: Run, progress: Progress) -> None:
+    """Record every check of a finished run; a failed one is said, it does not undo the run."""
+    report = shop.prepared.report
+    run.add_check(
+        "trained tokens",
+        report.targets > 0,
+        f"{report.targets:,} of {report.tokens:,} tokens carry loss ({report.target_share:.1%})",
+    )
+    run.add_check(
+        "answers end",
+        report.all_ended,
+        f"every training answer ends in {report.end_token}, which is trained"
+        if report.all_ended
+        else "some training answers do not end in a trained end token: the model may not learn to stop",
+    )
+    layers = len(next(iter(shop.adapters.adapters.values())).sites)
+    run.add_check("gradients", True, f"all {layers} adapted layers received a gradient in the first step")
+    norms = [record["grad_norm"] for record in run.metrics("train")]
+    if norms:
+        run.add_check("finite", True, f"loss and gradient were finite in all {len(norms)} steps")
+    check_loss(run, progress)
+    check_stops(run)
+    check_file(shop, run, progress)
+
+
+def check_loss(run: Run, progress: Progress) -> None:
+    """Whether the held-out loss fell below the base's."""
+    if progress.base_loss is None or progress.best_loss is None:
+        run.add_check("learnt", False, "there is no held-out set, so nothing shows whether the model learnt")
+        return
+    better = progress.best_loss < progress.base_loss
+    run.add_check(
+        "learnt",
+        better,
+        f"held-out loss {progress.base_loss:.4f} -> {progress.best_loss:.4f} (best at step {progress.best_step})",
+    )
+
+
+def check_stops(run: Run) -> None:
+    """Whether the last sampled answers ended by themselves."""
+    samples = run.samples()
+    last = [sample for sample in samples if sample["step"] == samples[-1]["step"]]
+    if last:
+        stopped = sum(sample["stopped"] for sample in last)
+        run.add_check("answers stop", stopped == len(last), f"{stopped} of {len(last)} sampled answers ended")
+
+
+def check_file(shop: Workshop, run: Run, progress: Progress) -> None:
+    """Whether the adapter's file holds finite numbers, and just those in memory if they are the best ones."""
+    tensors = parse((run.adapter_path / WEIGHTS).read_bytes())
+    finite = all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+    same = True
+    if progress.best_step in (None, progress.step):
+        now = file_tensors(shop.adapters, next(iter(shop.adapters.adapters.values())))
+        same = now.keys() == tensors.keys() and all(torch.equal(now[key], tensors[key]) for key in now)
+    run.add_check(
+        "adapter reads back", finite and same, f"{len(tensors)} tensors, finite, equal to those in memory"
+    )

@@ -1,0 +1,256 @@
+"""Load a transformers model and its tokenizer, frozen, and write one back.
+
+Nothing is random and nothing is guessed: a checkpoint that lacks a weight of the model, or a tokenizer with more
+tokens than the model has rows, is an error (transformers fills the gaps with random numbers and goes on).
+Code from a model folder is never run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+
+from . import files
+from .config import ModelConfig
+from .errors import OutOfMemory, UserError
+from .hub import Resolved, resolve
+from .model_files import find_weights, has_tokenizer, read_config
+from .pretrained import from_folder, pad_id, quiet, stop_ids, valid_generation, write_tokenizer
+
+__all__ = [
+    "Loaded",
+    "load_model",
+    "load_tokenizer",
+    "pad_id",
+    "pick_device",
+    "pick_dtype",
+    "stop_ids",
+    "write_model",
+]
+
+Task = Literal["causal", "classify", "encode"]
+CLASSES = {
+    "causal": AutoModelForCausalLM,
+    "classify": AutoModelForSequenceClassification,
+    "encode": AutoModel,
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A frozen base, ready for adapters."""
+
+    model: Any  # a PreTrainedModel in eval mode; no parameter wants a gradient
+    tokenizer: Any
+    dtype: torch.dtype
+    device: torch.device
+    reason: str  # why this dtype
+    source: Resolved
+    notes: list[str] = field(default_factory=list)  # what the user should know about this checkpoint
+
+
+def load_model(
+    config: ModelConfig,
+    *,
+    offline: bool = False,
+    task: Task = "causal",
+    new_weights: Sequence[str] = (),
+    progress: bool = True,
+    **extra: Any,
+) -> Loaded:
+    """Load the base that `config` names.
+
+    new_weights  starts of parameter names that a checkpoint may lack ("score", "classifier"): a new head
+    extra        goes to from_pretrained, such as num_labels
+    raises       UserError with a way out, for everything that can be wrong with the model
+    """
+    device = pick_device(config.device)
+    dtype, reason = pick_dtype(config.dtype, device)
+    source = resolve(
+        config.id,
+        revision=config.revision,
+        offline=offline,
+        allow_pickle=config.allow_pickle,
+        progress=progress,
+    )
+    check_folder(source.path, allow_pickle=config.allow_pickle)
+    tokenizer = load_tokenizer(source.path)
+    kind = find_weights(source.path).kind
+    with quiet():
+        model, report = from_folder(
+            CLASSES[task],
+            source.path,
+            dtype=dtype,
+            attn_implementation=config.attention,
+            use_safetensors=kind == "safetensors",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they come back in the report, where we refuse them
+            **extra,
+        )
+    notes = check_report(source.path, report, new_weights)
+    check_vocabulary(source.path, model, tokenizer)
+    try:
+        model.to(device)
+    except torch.OutOfMemoryError as error:
+        size = sum(value.numel() * value.element_size() for value in model.parameters())
+        raise OutOfMemory(
+            f"the model's weights ({size / 1e9:.1f} GB in {name_of(dtype)}) do not fit on {device}",
+            hint="use a smaller model or number format, or model.device=cpu",
+        ) from error
+    model.requires_grad_(False).eval()
+    return Loaded(model, tokenizer, dtype, device, reason, source, notes)
+
+
+def check_folder(folder: Path, *, allow_pickle: bool) -> None:
+    """raises  UserError if the folder is no model that we may load"""
+    if quantised := read_config(folder).get("quantization_config"):
+        raise UserError(
+            f"{folder} holds quantised weights ({quantised.get('quant_method')}), which are not read",
+            hint="use the model in its original format",
+        )
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{folder} holds a model and an adapter, which transformers would apply unseen",
+            hint="move adapter_config.json and adapter_model.safetensors into a folder of their own",
+        )
+    weights = find_weights(folder)
+    if weights.kind == "bin" and not allow_pickle:
+        raise UserError(
+            f"{folder} has its weights only as .bin files, which are programs that could do anything when read",
+            hint=f"convert them: loraloom convert {folder} DST --allow-pickle; or read them as they are: "
+            "model.allow_pickle=true",
+        )
+    if weights.kind in ("none", "gguf"):
+        held = ", ".join(sorted(item.name for item in folder.iterdir())[:8])
+        raise UserError(
+            f"{folder} has a config.json and no weights",
+            details=[f"looked for model.safetensors; it holds: {held}"],
+            hint="the download or copy was cut short: fetch the model again",
+        )
+
+
+def check_report(folder: Path, report: dict[str, Any], new_weights: Sequence[str]) -> list[str]:
+    """Notes on weights that were left out.
+
+    raises  UserError if a weight was missing, of another shape, or broken in the checkpoint
+    """
+    exempt = tuple(new_weights)
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith(exempt))
+    wrong = sorted(str(item[0]) for item in report["mismatched_keys"] if not item[0].startswith(exempt))
+    errors = report.get("error_msgs") or []
+    errors = list(errors.values()) if isinstance(errors, dict) else list(errors)
+    unused = sorted(report["unexpected_keys"])
+    details = [f"missing: {name}" for name in missing[:8]] + [
+        f"of another shape: {name}" for name in wrong[:8]
+    ]
+    details += [str(line) for line in errors[:4]]
+    if not details and unused:
+        return [f"{len(unused)} weights in the files have no place in the model: {', '.join(unused[:4])}"]
+    if not details:
+        return []
+    if unused:
+        details.append(f"in the files and not in the model: {', '.join(unused[:4])}")
+    raise UserError(
+        f"{folder}: {len(missing) + len(wrong) + len(errors)} weights of the model are not in its files",
+        details=details,
+        hint="the files do not belong to this config.json, or to this kind of model; fetch the model again",
+    )
+
+
+def check_vocabulary(folder: Path, model: PreTrainedModel, tokenizer: Any) -> None:
+    """raises  UserError if the tokenizer can give an id that has no row in the embedding"""
+    embedding: Any = model.get_input_embeddings()
+    rows = embedding.weight.shape[0]
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= rows:
+        raise UserError(
+            f"{folder}: the tokenizer gives ids up to {largest}, and the model has {rows} rows for tokens",
+            hint="tokens were added without resizing the model, or the tokenizer is another model's",
+        )
+
+
+def load_tokenizer(folder: Path | str) -> Any:
+    """The tokenizer in a folder, without a request.
+
+    raises  UserError if there is none, or it cannot be read
+    """
+    folder = Path(folder)
+    if not has_tokenizer(folder):
+        raise UserError(
+            f"{folder} has no tokenizer (looked for tokenizer.json and its older forms)",
+            hint="copy the tokenizer files of the original model into the folder",
+        )
+    with quiet():
+        return from_folder(AutoTokenizer, folder)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that a setting names; auto is the first GPU, else the CPU.
+
+    raises  UserError if it does not exist here
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(
+            f"model.device={name!r} is no device", hint="use cpu, cuda, cuda:1 or auto"
+        ) from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise UserError(
+                f"model.device={name}: this machine has {count} GPUs that torch can use",
+                hint="loraloom doctor says why; model.device=cpu works everywhere",
+            )
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"model.device={name}: torch has no such device here", hint="use model.device=cpu")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The number format of the base, and one sentence why."""
+    if name != "auto":
+        return DTYPES[name], f"{name}: as set"
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device)[0] >= 8:
+            return torch.bfloat16, "bfloat16: this GPU computes in it, in half of float32's memory"
+        return torch.float32, "float32: this GPU has no bfloat16, and float16 overflows in training"
+    if device.type == "cpu":
+        return torch.float32, "float32: a CPU trains slower in bfloat16"
+    return torch.float32, f"float32: the safe choice on {device.type}"
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def write_model(model: Any, tokenizer: Any, folder: Path | str) -> Path:
+    """Write a whole model folder: safetensors shards, config, generation settings, tokenizer, chat template.
+
+    raises  Failure if the disk is full; what stood in `folder` is then unharmed
+    """
+    kept = getattr(model, "generation_config", None)
+    try:
+        if kept is not None:
+            model.generation_config = valid_generation(kept)
+        with files.whole_folder(folder) as partial, quiet():
+            model.save_pretrained(partial, max_shard_size="4GB")
+            write_tokenizer(tokenizer, partial)
+    finally:
+        if kept is not None:
+            model.generation_config = kept
+    return Path(folder)

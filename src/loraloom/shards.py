@@ -1,0 +1,62 @@
+"""Write tensors as they come into safetensors files of a limited size, with the index for transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from . import files
+
+LIMIT = 4 << 30  # bytes per file
+
+
+class ShardWriter:
+    """`add` every tensor, then `finish`; at most one shard is in memory."""
+
+    def __init__(self, folder: Path, limit: int = LIMIT) -> None:
+        self.folder = folder
+        self.limit = limit
+        self.waiting: dict[str, Tensor] = {}
+        self.size = 0
+        self.total = 0
+        self.written: list[list[str]] = []  # tensor names of each shard
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        size = tensor.numel() * tensor.element_size()
+        if self.waiting and self.size + size > self.limit:
+            self.flush()
+        self.waiting[name] = tensor.clone() if shares(tensor) else tensor.contiguous()
+        self.size += size
+        self.total += size
+
+    def flush(self) -> None:
+        path = self.path(len(self.written))
+        save_file(self.waiting, path, metadata={"format": "pt"})
+        path.chmod(self.folder.stat().st_mode & 0o666)  # safetensors makes it unreadable to others
+        self.written.append(list(self.waiting))
+        self.waiting, self.size = {}, 0
+
+    def path(self, number: int) -> Path:
+        return self.folder / f"shard-{number}.safetensors"
+
+    def finish(self) -> None:
+        """Write the last shard and give all their final names, which say how many there are."""
+        self.flush()
+        count = len(self.written)
+        if count == 1:
+            self.path(0).rename(self.folder / "model.safetensors")
+            return
+        where = {}
+        for number, names in enumerate(self.written):
+            final = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            self.path(number).rename(self.folder / final)
+            where.update(dict.fromkeys(names, final))
+        index = {"metadata": {"total_size": self.total}, "weight_map": where}
+        files.write_json(self.folder / "model.safetensors.index.json", index)
+
+
+def shares(tensor: Tensor) -> bool:
+    """Whether the tensor is a part of a larger storage, which may serve another tensor too."""
+    return tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()

@@ -1,0 +1,197 @@
+"""From settings to what a training loop works with: model, data, adapters, optimizer, plan.
+
+Everything that was `auto` is decided here, with the reason, and stored in the run's settings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .adapt import Adapters
+from .adapter import AdapterSpec
+from .config import RunConfig, with_values
+from .data import Examples, Prepared, Style, prepare
+from .errors import DataError, UserError
+from .files import digest
+from .generate import context_length
+from .model import Loaded, load_model, pad_id, stop_ids
+from .nll import honours_boundaries
+from .optim import make_optimizer
+from .packing import StepPlan
+
+DEFAULT_BATCH = 16  # examples a step, if neither batch_size nor batch_tokens is set
+UNLIMITED = 1 << 20  # tokens, for a model that names no limit
+
+
+@dataclass
+class Workshop:
+    """Everything a run works with. The model is frozen and in eval mode; only adapters train."""
+
+    config: RunConfig
+    loaded: Loaded
+    adapters: Adapters
+    prepared: Prepared
+    optimizer: torch.optim.Optimizer
+    plan: StepPlan
+    decided: dict[str, Any]  # dotted settings that were `auto`
+
+    @property
+    def model(self) -> Any:
+        return self.loaded.model
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.loaded.tokenizer
+
+    @property
+    def train(self) -> Examples:
+        return self.prepared.train
+
+    @property
+    def eval(self) -> Examples:
+        return self.prepared.eval
+
+    @property
+    def evaluates(self) -> bool:
+        return len(self.prepared.eval) > 0
+
+    @property
+    def style(self) -> Style:
+        return Style.from_dict(self.prepared.report.style)
+
+    @property
+    def packing(self) -> bool:
+        return self.config.data.packing
+
+    @property
+    def micro_tokens(self) -> int:
+        assert self.config.train.micro_tokens != "auto"
+        return self.config.train.micro_tokens
+
+    @property
+    def eval_every(self) -> int:
+        assert self.config.eval.every != "auto"
+        return self.config.eval.every
+
+    @property
+    def pad_id(self) -> int:
+        return pad_id(self.tokenizer)
+
+    @property
+    def stop_ids(self) -> Sequence[int]:
+        return stop_ids(self.model, self.tokenizer)
+
+    def data_digest(self) -> str:
+        """Of every token and label that is trained on: a resumed run must see the same."""
+        train = self.train
+        return digest(
+            train.ids.numpy().tobytes(), train.trained.numpy().tobytes(), train.offsets.numpy().tobytes()
+        )
+
+
+def build(
+    config: RunConfig, *, offline: bool = False, cache: Path | None = None, progress: bool = True
+) -> Workshop:
+    """Load, read, attach and plan.
+
+    raises  UserError, DataError: whatever of the settings, the data or the model does not fit
+    """
+    loaded = load_model(config.model, offline=offline, progress=progress)
+    prepared = prepare(
+        config.data,
+        loaded.tokenizer,
+        model_max_length=context_length(loaded.model) or UNLIMITED,
+        seed=config.train.seed,
+        cache=cache,
+        progress=progress,
+    )
+    if not prepared.train.targets.any():
+        raise DataError("no token of the training set carries loss", hint="look at `loraloom data`")
+    if config.data.packing:
+        refuse_leaks(loaded)
+    adapters = Adapters(loaded.model)
+    adapter = adapters.add("default", spec_of(config))
+    adapters.train()
+    if config.train.gradient_checkpointing:
+        checkpoint_layers(loaded.model)
+    plan = StepPlan(
+        prepared.train.lengths,
+        epochs=config.train.epochs,
+        max_steps=config.train.max_steps,
+        batch_size=config.train.batch_size or (None if config.train.batch_tokens else DEFAULT_BATCH),
+        batch_tokens=config.train.batch_tokens,
+        seed=config.train.seed,
+    )
+    decided = decide(config, adapter.method.learning_rate, len(plan), loaded)
+    config = with_values(config, decided)
+    assert config.train.learning_rate != "auto"
+    optimizer = make_optimizer(adapters.groups(config.train.learning_rate), config.train)
+    return Workshop(config, loaded, adapters, prepared, optimizer, plan, decided)
+
+
+def spec_of(config: RunConfig) -> AdapterSpec:
+    """The adapter that the settings ask for."""
+    options = {key: value for key, value in config.method.items() if key != "name"}
+    return AdapterSpec(
+        method=config.method.get("name", "lora"),
+        options=options,
+        r=config.r,
+        alpha=config.alpha,
+        dropout=config.dropout,
+        target_modules=config.target_modules,
+        layers=config.layers,
+        rank_pattern=config.rank_pattern,
+        alpha_pattern=config.alpha_pattern,
+        bias=config.bias,
+        modules_to_save=config.modules_to_save,
+        seed=config.train.seed,
+    )
+
+
+def decide(config: RunConfig, rate: float, num_steps: int, loaded: Loaded) -> dict[str, Any]:
+    """The values of the settings that are `auto`, by dotted name."""
+    decided: dict[str, Any] = {}
+    if config.train.learning_rate == "auto":
+        decided["train.learning_rate"] = rate
+    if config.train.micro_tokens == "auto":
+        decided["train.micro_tokens"] = 8192 if loaded.device.type == "cuda" else 2048
+    if config.eval.every == "auto":
+        decided["eval.every"] = max(1, math.ceil(num_steps / 10))
+    if config.train.batch_size is None and config.train.batch_tokens is None:
+        decided["train.batch_size"] = DEFAULT_BATCH
+    return decided
+
+
+def refuse_leaks(loaded: Loaded) -> None:
+    """Packing needs a model that keeps documents in one row apart: tried on the model itself.
+
+    raises  UserError if it does not
+    """
+    why = honours_boundaries(loaded.model, loaded.model.get_input_embeddings().weight.shape[0])
+    if why is not None:
+        raise UserError(f"packing cannot be used: {why}", hint="--set data.packing=false")
+
+
+def checkpoint_layers(model: Any) -> None:
+    """Gradient checkpointing in the decoder layers, while every module stays in eval mode otherwise.
+
+    raises  UserError if the model has no layers that can
+    """
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise UserError(
+            f"{type(model).__name__} cannot recompute its layers",
+            hint="--set train.gradient_checkpointing=false",
+        )
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True  # transformers recomputes only then; the modules below stay in eval mode
+            for name, value in list(vars(module).items()):
+                if "dropout" in name and isinstance(value, float):
+                    setattr(module, name, 0.0)  # the base trains without dropout, recomputed or not
