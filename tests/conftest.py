@@ -1,8 +1,53 @@
-"""What several test files share."""
+"""What every test runs under: one thread, no way to the hub, a cache of its own, and no terminal to draw bars on."""
 
+import os
 import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch when it is imported
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody listens there; the hub's tests name their own
+os.environ["CI"] = "1"
 
 import pytest
+import torch
+from tiny_run import make_data, make_model
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache() -> Iterator[Path]:
+    """Prepared data and converted models go to a folder that is removed at the end."""
+    with tempfile.TemporaryDirectory(prefix="loraloom-tests-") as folder:
+        before = os.environ.get("LORALOOM_CACHE")
+        os.environ["LORALOOM_CACHE"] = folder
+        yield Path(folder)
+        if before is None:
+            del os.environ["LORALOOM_CACHE"]
+        else:
+            os.environ["LORALOOM_CACHE"] = before
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _float32_everywhere() -> Iterator[None]:
+    """`auto` means float32 on every CPU, so that tests compute the same on all machines."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("loraloom.model.cpu_computes_bfloat16", lambda: False)
+        yield
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with a tied head and its tokenizer."""
+    return make_model(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture(scope="session")
+def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Questions and answers of different lengths."""
+    return make_data(tmp_path_factory.mktemp("data") / "sums.jsonl")
 
 
 @pytest.fixture

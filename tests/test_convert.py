@@ -134,14 +134,13 @@ def test_llama3_scaling_is_recovered_from_its_divisors(tmp_path: Path) -> None:
 
 
 def test_word_rules_are_those_of_transformers() -> None:
-    table = pytest.importorskip(
-        "transformers.integrations.gguf.gguf_tokenizer_mapping", reason="older transformers has no such table"
-    ).GGUF_PRE_TOKENIZER_SPLITS
-    assert table["llama-bpe"] == LLAMA3
-    assert table["tekken"] == TEKKEN
-    assert table["qwen2"].replace(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", "") == QWEN2.replace(
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", ""
+    module = pytest.importorskip(
+        "transformers.integrations.gguf.gguf_tokenizer_mapping", reason="this transformers has no such table"
     )
+    table = getattr(module, "GGUF_PRE_TOKENIZER_SPLITS", None)
+    if table is None:
+        pytest.skip("this transformers has no such table")
+    assert (table["llama-bpe"], table["tekken"], table["qwen2"]) == (LLAMA3, TEKKEN, QWEN2)
 
 
 @pytest.mark.parametrize("pre", [None, "default", "brand-new"])

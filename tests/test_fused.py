@@ -80,7 +80,11 @@ def layer(name: str) -> int:
 
 
 def test_blocks_and_interleaved_by_hand():
-    assert {role: rows.tolist() for role, rows in blocks(2, 1, 1).items()} == {"q": [0, 1], "k": [2], "v": [3]}
+    assert {role: rows.tolist() for role, rows in blocks(2, 1, 1).items()} == {
+        "q": [0, 1],
+        "k": [2],
+        "v": [3],
+    }
     by_group = {role: rows.tolist() for role, rows in interleaved(2, 2, 1).items()}
     assert by_group == {"q": [0, 1, 4, 5], "k": [2, 6], "v": [3, 7]}
     by_head = {role: rows.tolist() for role, rows in interleaved(2, 1, 2).items()}

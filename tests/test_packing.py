@@ -96,7 +96,11 @@ def test_budget_padding_and_positions(examples, micro_tokens, packing):
 def test_packing_fills_rows_best_first():
     lengths = [100, 60, 156, 30, 120, 40]
     [batch] = pack(
-        [item(n, size, 5) for n, size in enumerate(lengths)], micro_tokens=512, packing=True, pad_id=PAD
+        [item(n, size, 5) for n, size in enumerate(lengths)],
+        micro_tokens=512,
+        packing=True,
+        pad_id=PAD,
+        row_length=256,
     )
     assert batch.ids.shape == (2, 256)
     # longest first, each into the fullest row that holds it: 156 + 100, then 120 + 60 + 40 + 30
@@ -111,10 +115,17 @@ def test_packing_fills_rows_best_first():
     ]
 
 
+def test_rows_come_out_even_and_are_cut_to_what_they_hold():
+    examples = [item(number, 11, 3) for number in range(32)]  # 352 tokens: one row of 256 would leave 96
+    [batch] = pack(examples, micro_tokens=2048, packing=True, pad_id=PAD)
+    assert batch.ids.shape == (2, 176)
+    assert sum(stop - start for _, start, stop in batch.spans) == 352
+
+
 def test_a_short_budget_makes_more_batches_of_the_same_row_length():
     examples = [item(number, 200, 9) for number in range(5)]
     batches = pack(examples, micro_tokens=512, packing=True, pad_id=PAD)
-    assert [tuple(batch.ids.shape) for batch in batches] == [(2, 256), (2, 256), (1, 256)]
+    assert [tuple(batch.ids.shape) for batch in batches] == [(2, 208), (2, 208), (1, 208)], "cut to 16"
     assert len(pack(examples, micro_tokens=512, packing=True, pad_id=PAD, row_length=512)) == 3
 
 

@@ -25,7 +25,9 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "gpt2": lambda: tf.GPT2Config(**GPT2),
     "neox": lambda: tf.GPTNeoXConfig(**PLAIN, **MLP, max_position_embeddings=32),
     "falcon-new": lambda: tf.FalconConfig(**FALCON, new_decoder_architecture=True, num_kv_heads=2, bias=True),
-    "falcon-7b": lambda: tf.FalconConfig(**FALCON, new_decoder_architecture=False, multi_query=True, bias=True),
+    "falcon-7b": lambda: tf.FalconConfig(
+        **FALCON, new_decoder_architecture=False, multi_query=True, bias=True
+    ),
     "falcon-rw": lambda: tf.FalconConfig(
         **FALCON, new_decoder_architecture=False, multi_query=False, bias=True
     ),
@@ -37,7 +39,9 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     ),
     "bigcode-mqa": lambda: tf.GPTBigCodeConfig(**GPT2, multi_query=True),
     "bigcode-mha": lambda: tf.GPTBigCodeConfig(**GPT2, multi_query=False),
-    "mpt": lambda: tf.MptConfig(vocab_size=VOCAB, d_model=WIDTH, n_layers=LAYERS, n_heads=HEADS, max_seq_len=32),
+    "mpt": lambda: tf.MptConfig(
+        vocab_size=VOCAB, d_model=WIDTH, n_layers=LAYERS, n_heads=HEADS, max_seq_len=32
+    ),
     "bert": lambda: tf.BertConfig(**BERT),
     "bert-cls": lambda: tf.BertConfig(**BERT),
     "roberta-cls": lambda: tf.RobertaConfig(**BERT),

@@ -87,9 +87,8 @@ class Adapters:
         self, name: str, spec: AdapterSpec, method: Method, targets: list[Target], saved: list[str]
     ) -> Adapter:
         self.flow.seeds[name] = seed_of(spec.seed, name="dropout")
-        for whole in saved:
-            own = [n for n, _ in self.model.get_submodule(whole).named_parameters()]
-            self._forwards.overlay(whole).add(name, own)
+        for whole in saved:  # each with copies of its own: PEFT too lets a head part from its table
+            self._forwards.overlay(whole).add(name, None, {})
         self._train_biases(name, spec, targets, saved)
         layers = [self._layer(target) for target in targets]
         methods = [spec.at(method, target) for target in targets]
@@ -138,11 +137,12 @@ class Adapters:
         if spec.bias not in ("all", "lora_only"):
             raise UserError(f"bias is {spec.bias!r}", hint="it can be none, all or lora_only")
         chosen = {target.name for target in targets}
+        copies: dict[int, nn.Parameter] = {}
         for name, module in self.model.named_modules():
             whole = any(name == s or name.startswith(s + ".") for s in saved)
             wanted = spec.bias == "all" or name in chosen
             if wanted and not whole and isinstance(module._parameters.get("bias"), nn.Parameter):
-                self._forwards.overlay(name).add(adapter, ["bias"])
+                self._forwards.overlay(name).add(adapter, ["bias"], copies)
 
     def _modules_named(self, wanted: Sequence[str]) -> list[str]:
         """The full names of the modules to train whole.

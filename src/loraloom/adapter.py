@@ -83,8 +83,12 @@ def alpha_of(alpha: Any, r: int) -> float:
     """
     try:
         return resolve_alpha(alpha, r)
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise UserError(str(error)) from None
+    except TypeError:
+        raise UserError(
+            f"alpha is {alpha!r}", hint="use a number or a multiple of the rank, such as 2r"
+        ) from None
 
 
 def first_match(patterns: dict[str, Any], target: Target, default: Any) -> Any:

@@ -33,13 +33,14 @@ from .peft_config import CONFIG, read_config, spec_of
 from .peft_format import (
     OWN,
     PREFIX,
+    base_copy,
     block,
     by_module,
     file_suffix,
     file_tensors,
-    is_base_copy,
     overlay_key,
     peft_settings,
+    tidied,
     unblock,
 )
 from .targets import layer_number
@@ -107,7 +108,11 @@ def load_adapter(
         if not isinstance(target, Adapters):
             adapters.detach()
         base = config.get("base_model_name_or_path")
-        if isinstance(error, UserError) and base and (error.hint is None or "target_modules" in error.message):
+        if (
+            isinstance(error, UserError)
+            and base
+            and (error.hint is None or "target_modules" in error.message)
+        ):
             error.hint = f"it was trained on {base}"
         raise
     return adapters
@@ -152,19 +157,8 @@ def fill(
 
     raises  UserError that lists every missing, surplus and misshapen tensor
     """
-    wanted = {key: tensor.shape for key, tensor in file_tensors(adapters, adapter).items()}
-    ignorable = {key for key in tensors if is_base_copy(adapter, key)}
-    problems = [
-        f"{key.removeprefix(PREFIX)}: the adapter has {tuple(tensors[key].shape)}, the model needs {tuple(shape)}"
-        for key, shape in wanted.items()
-        if key in tensors and tensors[key].shape != shape
-    ]
-    problems += [f"{key.removeprefix(PREFIX)}: not in the adapter" for key in wanted if key not in tensors]
-    problems += [
-        f"{key.removeprefix(PREFIX)}: {why_surplus(adapters.model, key)}"
-        for key in tensors
-        if key not in wanted and key not in ignorable
-    ]
+    tensors = tidied(tensors)
+    problems = misfits(adapters, adapter, tensors)
     if problems:
         more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
         base = config.get("base_model_name_or_path")
@@ -182,9 +176,44 @@ def fill(
             whole = {name: tensors[f"{PREFIX}{module}.{suffix}"] for name, suffix in suffixes.items()}
             for site, part in zip(sites, unblock(sites, whole, f"{folder}: {module}")):
                 for name, value in part.items():
-                    site.p[name].copy_(value)
+                    site.p[name].copy_(value.reshape(site.p[name].shape))
+        filled: dict[int, str] = {}
         for full_name, tensor in adapters.overlaid(adapter.name):
-            tensor.copy_(tensors[overlay_key(adapter, full_name)])
+            value = tensors[overlay_key(adapter, full_name)]
+            first = filled.setdefault(id(tensor), full_name)
+            if first != full_name and not torch.equal(tensor.cpu(), value.to(tensor.dtype)):
+                raise UserError(
+                    f"adapter {folder}: {first} and {full_name} are one tensor here, and differ there"
+                )
+            tensor.copy_(value)
+
+
+def misfits(adapters: Adapters, adapter: Adapter, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Every tensor of the file that has no place, another shape, or is not there, in words."""
+    wanted = {key: tensor.shape for key, tensor in file_tensors(adapters, adapter).items()}
+    problems = [
+        f"{key.removeprefix(PREFIX)}: the adapter has {tuple(tensors[key].shape)}, the model needs {tuple(shape)}"
+        for key, shape in wanted.items()
+        if key in tensors and tensors[key].shape != shape
+    ]
+    problems += [f"{key.removeprefix(PREFIX)}: not in the adapter" for key in wanted if key not in tensors]
+    for key in sorted(tensors.keys() - wanted):
+        own = base_copy(adapters.model, key)
+        if own is None:
+            problems.append(f"{key.removeprefix(PREFIX)}: {why_surplus(adapters.model, key)}")
+        elif not same(own, tensors[key]):
+            problems.append(
+                f"{key.removeprefix(PREFIX)}: a copy of the base's that differs from this model's"
+            )
+    return problems
+
+
+def same(own: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal in the coarser of their number formats."""
+    own = own.detach().cpu()
+    if own.shape != other.shape:
+        return False
+    return torch.equal(own.to(other.dtype), other) or torch.equal(own, other.to(own.dtype))
 
 
 def why_surplus(model: nn.Module, key: str) -> str:

@@ -10,7 +10,8 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,8 +22,9 @@ import torch
 from . import card, finish
 from .checkpoint import Progress, restore, save_best, save_checkpoint
 from .config import RunConfig, resolve
+from .data import Examples
 from .data import cache as store
-from .errors import NonFinite, OutOfMemory, UserError
+from .errors import Failure, NonFinite, OutOfMemory, UserError
 from .files import write_json, write_text
 from .report import build_report
 from .rundir import Run, refuse_taken
@@ -65,6 +67,7 @@ def train(
         given = {**config.model_dump(exclude_unset=True), **given}
     chosen, origins = resolve(None if isinstance(config, RunConfig) else config, given)
     refuse_taken(Path(chosen.output))
+    torch.manual_seed(chosen.train.seed)  # nothing of ours draws from it; a part of a model may
     shop = build(chosen, offline=offline, cache=data_cache(), progress=progress)
     origins = origins | dict.fromkeys(shop.decided, "auto")
     machine = {"device": str(shop.loaded.device), "device_name": device_name(shop.loaded.device)}
@@ -89,17 +92,24 @@ def resume(
             hint="train a new run with more train.epochs, or use this one: loraloom eval, chat, merge",
         )
     if state.get("status") == "running" and alive(state):
-        raise UserError(f"{run.path} is still running, as process {state['pid']}")
+        raise UserError(
+            f"{run.path} is still running, as process {state['pid']}",
+            hint="wait for it, or stop it with Ctrl-C: it saves its state first",
+        )
     shop = build(run.config, offline=offline, cache=data_cache(), progress=progress)
     if state.get("data_digest") not in (None, shop.data_digest()):
         raise UserError(
             f"the data of {run.path} has changed since it started, so it cannot be continued",
             hint="restore the files, or train a new run",
         )
+    if not (run.path / "data" / "held-out").is_dir():  # killed before it was kept
+        keep_data(shop, run)
     latest = run.latest()
-    progress_ = restore(shop, latest[1]) if latest is not None else Progress()
-    run.truncate(progress_.step if latest is not None else -1)
-    return go(shop, run, progress_, listen)
+    where = restore(shop, latest[1]) if latest is not None else Progress()
+    if where.step == 0:
+        where = Progress()  # the first evaluation is made again
+    run.truncate(where.step or -1)
+    return go(shop, run, where, listen)
 
 
 def go(shop: Workshop, run: Run, progress: Progress, listen: Listener) -> Run:
@@ -110,6 +120,7 @@ def go(shop: Workshop, run: Run, progress: Progress, listen: Listener) -> Run:
         status="running",
         steps=len(shop.plan),
         pid=os.getpid(),
+        pid_started=started(os.getpid()),
         host=platform.node(),
         data_digest=shop.data_digest(),
         message=None,
@@ -120,34 +131,62 @@ def go(shop: Workshop, run: Run, progress: Progress, listen: Listener) -> Run:
     def end(status: str, message: str | None = None) -> None:
         seconds = before + time.monotonic() - began
         finished = datetime.now(UTC).isoformat(timespec="seconds")
-        run.update(status=status, message=message, seconds=seconds, finished=finished, step=progress.step)
-        listen("end", status)
+        try:
+            run.update(status=status, message=message, seconds=seconds, finished=finished, step=progress.step)
+        finally:
+            listen("end", status)
 
-    try:
+    with told(shop, run, progress, end):
         status = train_loop(shop, run, progress, listen)
+        if status == "interrupted":
+            raise KeyboardInterrupt
+        if not (run.adapter_path / "adapter_config.json").is_file():
+            save_best(shop, run, progress)
+        finish.check_run(shop, run, progress)
+    end(status)
+    write_pages(run)
+    return run
+
+
+@contextmanager
+def told(shop: Workshop, run: Run, progress: Progress, end: Callable[[str, str], None]) -> Iterator[None]:
+    """Whatever ends the run inside: its state says so, and the error says what is left and how to go on."""
+    again = f"go on with: loraloom resume {run.path}"
+    try:
+        yield
     except NonFinite as error:
-        save_checkpoint(shop, run, progress)  # nothing has moved since the last good step
+        error.details.append(keep_state(shop, run, progress))
         end("failed", error.message)
-        error.details.append(f"the adapter of step {progress.step} is kept in {run.path}")
         raise
     except torch.OutOfMemoryError as error:
         end("failed", "out of memory")
         raise out_of_memory(shop, error) from None
     except KeyboardInterrupt:
-        end("interrupted", "stopped by Ctrl-C")
+        saved = f"the state of step {progress.step} is saved; " if is_saved(run, progress) else ""
+        end("interrupted", f"stopped by Ctrl-C; {saved}{again}")
+        raise KeyboardInterrupt(f"interrupted; {saved}{again}") from None
+    except Failure as error:
+        with suppress(UserError):  # on a full disk this cannot be written either
+            end("failed", error.message)
+        if isinstance(error.__cause__, OSError):
+            error.details.append(f"then {again}")
         raise
     except BaseException as error:
         end("failed", str(error).splitlines()[0] if str(error) else type(error).__name__)
         raise
-    if status == "interrupted":
-        end(status, f"stopped by Ctrl-C; go on with: loraloom resume {run.path}")
-        raise KeyboardInterrupt
-    if not (run.adapter_path / "adapter_config.json").is_file():
-        save_best(shop, run, progress)
-    finish.check_run(shop, run, progress)
-    end(status)
-    write_pages(run)
-    return run
+
+
+def is_saved(run: Run, progress: Progress) -> bool:
+    latest = run.latest()
+    return latest is not None and latest[0] == progress.step
+
+
+def keep_state(shop: Workshop, run: Run, progress: Progress) -> str:
+    """Save what a broken step has left as it was; says where, or why it could not be."""
+    try:
+        return f"the state of step {progress.step} is kept in {save_checkpoint(shop, run, progress)}"
+    except UserError as error:
+        return f"the state of step {progress.step} is not kept: {error.message}"
 
 
 def parameter_counts(shop: Workshop) -> dict[str, int]:
@@ -174,7 +213,7 @@ def keep_data(shop: Workshop, run: Run) -> None:
     report = shop.prepared.report
     write_json(run.path / "data" / "manifest.json", report.to_dict())
     write_text(run.path / "data" / "issues.csv", report.issues_csv())
-    store.store(run.path / "data" / "held-out", shop.eval, shop.eval, report)
+    store.store(run.path / "data" / "held-out", Examples.build([]), shop.eval, report)
 
 
 def write_pages(run: Run) -> None:
@@ -195,15 +234,27 @@ def alive(state: Mapping[str, Any]) -> bool:
         return False
     except PermissionError:
         return True
-    return not is_zombie(pid)
+    # A number is given again to another process, after a restart of a container even soon.
+    return not is_zombie(pid) and state.get("pid_started") in (None, started(pid))
 
 
 def is_zombie(pid: int) -> bool:
     """Whether a process has ended and only waits to be noticed."""
+    return process_facts(pid)[:1] == ["Z"]
+
+
+def started(pid: int) -> int | None:
+    """When a process began, in the system's own count; None where the system does not say."""
+    found = process_facts(pid)
+    return int(found[19]) if len(found) > 19 else None
+
+
+def process_facts(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat after the name, the state first; none where there is no such file."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return False
+        return []
 
 
 def device_name(device: torch.device) -> str:

@@ -245,7 +245,7 @@ class Bank:
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """W0 plus the active adapters' deltas, in the module's own layout: summed in float32, rounded once."""
-        w = self.layer._tensor("weight").detach()
+        w = self.layer.whole_weight()
         total = self.layer.matrix(w).to(torch.promote_types(w.dtype, torch.float32)).clone()
         for name in self.flow.active:
             for site in self.sites.get(name, ()):

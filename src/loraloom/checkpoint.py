@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as parse
 from safetensors.torch import save as serialise
 
@@ -56,14 +57,20 @@ class Progress:
 def save_checkpoint(shop: Workshop, run: Run, progress: Progress) -> Path:
     """Write the whole state under its step, then drop the checkpoints over `train.keep`."""
     path = run.path / "checkpoints" / f"step-{progress.step:06d}"
+    if (
+        not shop.evaluates
+    ):  # nothing says which is best: the last one is. First, so that it is never the older
+        save_best(shop, run, progress)
     with files.whole_folder(path) as folder:
         write_adapter(shop, folder)
         files.write_bytes(folder / STATE, serialise(state_of(shop), {"format": "pt"}))
         files.write_json(folder / PROGRESS, asdict(progress))
     for _, old in run.checkpoints()[: -shop.config.train.keep]:
-        shutil.rmtree(old)
-    if not shop.evaluates:  # nothing says which is best: the last one is
-        save_best(shop, run, progress)
+        files.remove_folder(old)
+    for left in path.parent.glob(
+        files.PARTIAL + "*"
+    ):  # of a process that was killed while it wrote or removed
+        shutil.rmtree(left, ignore_errors=True)
     return path
 
 
@@ -75,7 +82,6 @@ def save_best(shop: Workshop, run: Run, progress: Progress) -> None:
         generation = getattr(shop.model, "generation_config", None)
         if generation is not None:
             files.write_text(folder / "generation_config.json", generation.to_json_string())
-        files.write_json(folder / "style.json", shop.style.to_dict())
         files.write_json(folder / "summary.json", summary(shop))
     if progress.best_loss is not None:
         run.update(
@@ -87,6 +93,7 @@ def write_adapter(shop: Workshop, folder: Path) -> None:
     source = shop.loaded.source
     about: dict[str, Any] = {"revision": source.commit} if source.commit else {}
     save_adapter(shop.adapters, folder, base_model=shop.config.model.id, **about)
+    files.write_json(folder / "style.json", shop.style.to_dict())
 
 
 def summary(shop: Workshop) -> dict[str, Any]:
@@ -137,8 +144,10 @@ def restore(shop: Workshop, folder: Path) -> Progress:
     try:
         tensors = parse((folder / STATE).read_bytes())
         progress = Progress(**json.loads((folder / PROGRESS).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{folder} is no whole checkpoint: {error}") from None
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise UserError(
+            f"{folder} is no whole checkpoint: {error}", hint="remove it, to go on from the one before it"
+        ) from None
     now = state_of(shop)
     kept = {key: value for key, value in tensors.items() if not key.startswith(("optimizer|", "random|"))}
     wanted = {key: value for key, value in now.items() if not key.startswith(("optimizer|", "random|"))}

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.text import Text
 
 from . import __version__, console
 from .config import describe, parse_setting
-from .errors import INTERRUPTED, UserError
+from .errors import INTERRUPTED, Failure, OutOfMemory, UserError
 
 
 class Verbs(click.Group):
@@ -48,9 +49,15 @@ def run(argv: list[str] | None = None) -> int:
     except click.ClickException as error:
         console.show_error(UserError(error.format_message(), hint="--help lists what there is"))
         return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        console.err.print("interrupted")
+    except (KeyboardInterrupt, click.Abort) as error:
+        told = error.__cause__ if isinstance(error, click.Abort) else error  # click puts its own in its place
+        console.err.print(Text(str(told or "") or "interrupted"))
         return INTERRUPTED
+    except RuntimeError as error:
+        if debug or type(error).__name__ != "OutOfMemoryError":  # torch's; it is not imported here
+            raise
+        console.show_error(OutOfMemory(f"the device ran out of memory: {str(error).splitlines()[0]}"))
+        return OutOfMemory.exit_code
 
 
 def main() -> None:
@@ -79,7 +86,7 @@ def with_json(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def command(*args: Any, as_json: bool, **kwargs: Any) -> Any:
         value = function(*args, as_json=as_json, **kwargs)
-        if as_json and value is not None:
+        if as_json and value is not None and not isinstance(value, int):  # which is an exit code
             click.echo(json.dumps(value, ensure_ascii=False, default=str))
 
     return command
@@ -194,9 +201,7 @@ def train(
 ) -> Any:
     """Fine-tune a model. CONFIG is a YAML file; three lines are enough: model, data, output."""
     if list_settings:
-        for name, default, text in describe():
-            click.echo(f"{name} = {default}\n    {text}")
-        return None
+        return show_settings(as_json)
     if config and config_file:
         raise UserError(f"two configuration files: {config} and {config_file}", hint="name one of them")
     chosen = {key: value for key, value in named.items() if value is not None}
@@ -211,6 +216,16 @@ def train(
     return finish(run, quiet, as_json)
 
 
+def show_settings(as_json: bool) -> Any:
+    """Every setting with its default and what it is for."""
+    rows = describe()
+    if as_json:
+        return [{"name": name, "default": default, "description": text} for name, default, text in rows]
+    for name, default, text in rows:
+        click.echo(f"{name} = {default}\n    {text}")
+    return None
+
+
 @cli.command()
 @click.argument("run")
 @offline_option
@@ -221,7 +236,9 @@ def resume(run: str, offline: bool, quiet: bool, as_json: bool) -> Any:
     from . import api
 
     view = console.TrainView(quiet=quiet or as_json)
-    return finish(api.resume(run, listen=view, offline=offline, progress=not quiet), quiet, as_json)
+    return finish(
+        api.resume(run, listen=view, offline=offline, progress=not (quiet or as_json)), quiet, as_json
+    )
 
 
 def finish(run: Any, quiet: bool, as_json: bool) -> Any:
@@ -246,9 +263,11 @@ def merge(run: str, out: str, as_json: bool, **options: Any) -> Any:
 
     result = use.merge(run, out, **options)
     if as_json:
-        return result.to_dict() | {"folder": out}
-    console.out.print(f"Merged into {out}")
-    return verify.render(result, console.out)
+        click.echo(json.dumps(result.to_dict() | {"folder": out}))
+    else:
+        console.out.print(Text(f"Merged into {out}"))
+        verify.render(result, console.out)
+    return 0 if result.ok else Failure.exit_code
 
 
 @cli.command("eval")
@@ -298,6 +317,8 @@ def chat(
     **settings: Any,
 ) -> Any:
     """Talk with a tuned model; /base switches to the base and back."""
+    if ask is None and (as_json or compare):
+        raise UserError(f"{'--json' if as_json else '--compare'} needs a question", hint="--ask TEXT")
     from . import chat as terminal
     from . import use
 

@@ -7,6 +7,7 @@ trainer, which stores them with the origin "auto".
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 class Section(BaseModel):
     """A group of settings; a key that it does not have is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -34,7 +35,8 @@ class ModelConfig(Section):
     id: str = Field(description="a folder with a transformers model, or a Hugging Face id")
     revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face id")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="the base's number format; auto: bfloat16 on a GPU that has it, else float32"
+        "auto",
+        description="the base's number format; auto: bfloat16 on hardware that computes in it, else float32",
     )
     device: str = Field("auto", description="cpu, cuda, cuda:1 ...; auto: the first GPU, else the CPU")
     attention: Literal["sdpa", "eager"] = Field("sdpa", description="the attention of transformers to use")
@@ -197,10 +199,11 @@ def resolve_alpha(alpha: float | str, r: int) -> float:
     raises  ValueError if it is neither
     """
     if isinstance(alpha, str):
-        match = re.fullmatch(r"(\d*\.?\d*)\s*\*?\s*(r?)", alpha.strip())
-        if not match or not (match[1] or match[2]) or match[1] == ".":
+        match = re.fullmatch(r"(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+|)\s*\*?\s*(r?)", alpha.strip())
+        number = float(match[1] or 1) if match and (match[1] or match[2]) else 0.0
+        if not match or not 0 < number < math.inf:
             raise ValueError(f"alpha is {alpha!r}: use a number or a multiple of the rank, such as 2r")
-        return float(match[1] or 1) * (r if match[2] else 1)
+        return number * (r if match[2] else 1)
     return float(alpha)
 
 
@@ -219,7 +222,7 @@ def resolve(
         for name, leaf in flatten(expand_short({key: value})).items():
             drop_below(origins, name)
             assign(tree, name, leaf)
-            origins[name] = "flag"
+            origins[".".join(path_of(name)[:-1]) if under_free(name) else name] = "flag"
     config = validate(tree, origins, file=file, lines=lines)
     every = dict.fromkeys(flatten(config.model_dump()), "default")
     return config, {name: origins.get(name, origin_above(name, origins)) for name in every}
@@ -282,7 +285,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def assign(tree: dict[str, Any], name: str, value: Any) -> None:
     """Set a dotted name in a tree of dicts; a short form on the way is written out."""
-    *path, last = name.split(".")
+    *path, last = path_of(name)
     for key in path:
         below = tree.get(key)
         if not isinstance(below, dict):
@@ -290,6 +293,17 @@ def assign(tree: dict[str, Any], name: str, value: Any) -> None:
         tree[key] = dict(below)
         tree = tree[key]
     tree[last] = value
+
+
+def path_of(name: str) -> list[str]:
+    """The parts of a dotted name; below a free mapping the rest is one key, whatever dots it has."""
+    free = under_free(name)
+    return [*free.split("."), name.removeprefix(free + ".")] if free else name.split(".")
+
+
+def under_free(name: str) -> str | None:
+    """The free mapping that a name stands in, such as `data.map` for data.map.prompt."""
+    return next((free for free in FREE if name.startswith(free + ".")), None)
 
 
 def drop_below(origins: dict[str, str], name: str) -> None:
@@ -378,12 +392,18 @@ def flatten_names(section: type[BaseModel], prefix: str = "") -> dict[str, Any]:
 def parse_setting(text: str) -> tuple[str, Any]:
     """`key=value` of a --set flag; the value is read as YAML.
 
-    raises  UserError if there is no `=`
+    raises  UserError if there is no `=`, or the value is not YAML
     """
     key, sign, value = text.partition("=")
     if not sign or not key.strip():
         raise UserError(f"--set {text}: write key=value, such as --set train.learning_rate=1e-4")
-    return key.strip(), yaml.safe_load(value) if value else None
+    try:
+        return key.strip(), yaml.safe_load(value) if value else None
+    except yaml.YAMLError as error:
+        reason = getattr(error, "problem", None) or "it is not YAML"
+        raise UserError(
+            f"--set {text}: {reason}", hint="put quotes around a value with special characters"
+        ) from None
 
 
 def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
@@ -405,20 +425,19 @@ def to_yaml(config: RunConfig, origins: Mapping[str, str] | None = None) -> str:
                 lines.append(f"{indent}{key}:")
                 write(value, name + ".", indent + "  ")
             else:
-                plain = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+                plain = yaml_text(value)
                 origin = (origins or {}).get(name, origin_above(name, origins or {}))
                 comment = f"  # {origin}" if origins else ""
-                lines.append(
-                    f"{indent}{yaml_key(key)}: {plain.removesuffix('...' + chr(10)).strip()}{comment}"
-                )
+                lines.append(f"{indent}{yaml_text(key)}: {plain}{comment}")
 
     write(config.model_dump(mode="json"), "", "")
     return "\n".join(lines) + "\n"
 
 
-def yaml_key(key: str) -> str:
-    """A mapping's key as YAML writes it, quoted where it must be."""
-    return yaml.safe_dump(key, width=10**6).removesuffix("...\n").strip()
+def yaml_text(value: Any) -> str:
+    """A value or a mapping's key as YAML writes it on one line, quoted where it must be."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True)
+    return text.removesuffix("...\n").strip()
 
 
 def describe(names: Sequence[str] | None = None) -> list[tuple[str, str, str]]:
@@ -430,7 +449,7 @@ def describe(names: Sequence[str] | None = None) -> list[tuple[str, str, str]]:
         default = (
             "required"
             if field.is_required()
-            else yaml_key(field.default)
+            else yaml_text(field.default)
             if field.default is not None
             else "none"
         )

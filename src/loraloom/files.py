@@ -55,11 +55,18 @@ def write_json(path: Path | str, value: Any) -> None:
 
 
 def append_line(path: Path | str, line: str) -> None:
-    """Append one line in a single write, so that a kill leaves at most an unfinished last line."""
+    """Append one line in a single write, so that a kill leaves at most an unfinished last line.
+
+    raises  Failure if the disk is full; no half of the line stays then
+    """
+    data = (line + "\n").encode()
     with explain(Path(path)):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            os.write(descriptor, (line + "\n").encode())
+            before = os.fstat(descriptor).st_size
+            if os.write(descriptor, data) < len(data):  # where the last bytes of a disk are taken
+                os.ftruncate(descriptor, before)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(descriptor)
 
@@ -109,6 +116,16 @@ def finish_folder(path: Path | str) -> None:
     shutil.rmtree(partial, ignore_errors=True)
 
 
+def remove_folder(path: Path | str) -> None:
+    """Remove a folder at once: a kill meanwhile leaves no half of it under its name."""
+    path = Path(path)
+    partial = path.with_name(PARTIAL + path.name)
+    with explain(path):
+        shutil.rmtree(partial, ignore_errors=True)
+        os.rename(path, partial)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def sync_file(path: Path) -> None:
     """Flush a file to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -149,7 +166,7 @@ def explain(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise Failure(
                 f"the disk is full: {path} was not written",
-                hint="free some space and run again; what had been written before is unharmed",
+                hint="free some space and try again; what had been written before is unharmed",
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise Failure(

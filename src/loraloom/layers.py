@@ -25,7 +25,7 @@ class Layer:
 
     def __init__(self, module: nn.Module, name: str, rows: Tensor | None = None) -> None:
         self.module, self.name, self.rows = module, name, rows
-        whole_O, self.in_features = self.matrix(self._tensor("weight")).shape
+        whole_O, self.in_features = self.matrix(self.whole_weight()).shape
         self.whole_features = whole_O  # of the module
         self.out_features = whole_O if rows is None else len(rows)  # of this view
 
@@ -43,9 +43,13 @@ class Layer:
         """A matrix (O, I) in the module's own layout: the inverse of `matrix`."""
         return w_OI
 
+    def whole_weight(self) -> Tensor:
+        """The module's weight as it is."""
+        return self._tensor("weight").detach()
+
     def weight(self) -> Tensor:
         """W of this view, (O, I), frozen, in the module's dtype."""
-        w_OI = self.matrix(self._tensor("weight")).detach()
+        w_OI = self.matrix(self.whole_weight())
         return w_OI if self.rows is None else w_OI[self.rows]
 
     def bias(self) -> Tensor | None:
@@ -119,7 +123,7 @@ class Conv2dLayer(Layer):
         return w.flatten(1)
 
     def like_weight(self, w_OI: Tensor) -> Tensor:
-        return w_OI.view_as(self._tensor("weight"))
+        return w_OI.view_as(self.whole_weight())
 
     def down(self, x: Tensor, a_RI: Tensor) -> Tensor:
         m = self.module

@@ -26,21 +26,17 @@ class Overlay:
         self.p: dict[str, dict[str, nn.Parameter]] = {}
         self.base_forward = module.forward
 
-    def add(self, adapter: str, names: list[str]) -> None:
-        """Give an adapter float32 copies of the named parameters (float64 stays float64).
+    def add(self, adapter: str, names: list[str] | None, copies: dict[int, nn.Parameter]) -> None:
+        """Give an adapter float32 copies (float64 stays float64) of the named parameters, or of all.
 
-        raises  UserError if one of them stands in several places of the module
+        copies  by the id of the base's parameter: what is one tensor in the base is one copy, wherever it stands
         """
-        own = dict(self.module.named_parameters())
-        places = [id(tensor) for _, tensor in self.module.named_parameters(remove_duplicate=False)]
-        tied = [name for name in names if places.count(id(own[name])) > 1]
-        if tied:
-            raise UserError(
-                f"{self.name}.{tied[0]} stands in several places of {self.name}, which cannot be trained whole"
-            )
-        wide = {name: torch.promote_types(own[name].dtype, torch.float32) for name in names}
-        copies = {name: nn.Parameter(own[name].detach().to(wide[name], copy=True)) for name in names}
-        self.p.setdefault(adapter, {}).update(copies)
+        for name, own in self.module.named_parameters(remove_duplicate=False):
+            if names is None or name in names:
+                if id(own) not in copies:
+                    wide = torch.promote_types(own.dtype, torch.float32)
+                    copies[id(own)] = nn.Parameter(own.detach().to(wide, copy=True))
+                self.p.setdefault(adapter, {})[name] = copies[id(own)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output with the active adapter's parameters."""

@@ -97,12 +97,15 @@ def saved_modules(model: nn.Module, config: Mapping[str, Any]) -> list[str]:
 
 
 def present(patterns: Mapping[str, Any] | None, targets: list[str]) -> dict[str, Any]:
-    """The patterns that match a target; PEFT lets the others pass."""
-    return {
-        key: value
-        for key, value in (patterns or {}).items()
-        if any(re.match(rf"(.*\.)?({key})$", name) for name in targets)
-    }
+    """The patterns that match a target, or are none; PEFT lets the others pass."""
+    found = {}
+    for key, value in (patterns or {}).items():
+        try:
+            if any(re.match(rf"(.*\.)?({key})$", name) for name in targets):
+                found[key] = value
+        except re.error:
+            found[key] = value  # refused where patterns are checked, by name
+    return found
 
 
 def peft_targets(model: nn.Module, config: Mapping[str, Any]) -> list[str]:

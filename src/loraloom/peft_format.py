@@ -18,7 +18,7 @@ from . import methods
 from .adapt import Adapters
 from .adapter import Adapter
 from .errors import UserError
-from .layers import Conv1DLayer, EmbeddingLayer
+from .layers import Conv1DLayer, Conv2dLayer, EmbeddingLayer
 from .methods.base import Site
 from .methods.lora import LoRA
 from .peft_config import matches
@@ -36,7 +36,7 @@ def file_tensors(adapters: Adapters, adapter: Adapter) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for module, sites in by_module(adapter).items():
         for key, tensor in block(sites).items():
-            tensors[f"{PREFIX}{module}.{file_suffix(sites[0], key)}"] = tensor
+            tensors[f"{PREFIX}{module}.{file_suffix(sites[0], key)}"] = file_shape(sites[0], key, tensor)
     for full_name, tensor in adapters.overlaid(adapter.name):
         tensors[overlay_key(adapter, full_name)] = tensor
     return {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
@@ -57,6 +57,14 @@ def file_suffix(site: Site, tensor_name: str) -> str:
             f"method {methods.name_of(site.method)} has no place for {tensor_name!r} in PEFT's format"
         )
     return keys[tensor_name]
+
+
+def file_shape(site: Site, name: str, tensor: Tensor) -> Tensor:
+    """A tensor in the shape of the file: for a convolution A is (r, I, kernel) and B is (O, r, 1, 1)."""
+    if not isinstance(site.layer, Conv2dLayer):
+        return tensor
+    kernel = site.layer.whole_weight().shape[1:]
+    return tensor.view(len(tensor), *kernel) if name == "A" else tensor[..., None, None]
 
 
 def overlay_key(adapter: Adapter, full_name: str) -> str:
@@ -98,11 +106,19 @@ def unblock(sites: Sequence[Site], whole: Mapping[str, Tensor], where: str) -> l
     return parts
 
 
-def is_base_copy(adapter: Adapter, key: str) -> bool:
-    """Whether PEFT put the base's own table beside an adapted embedding: frozen, so nothing of the adapter's."""
-    module = key.removeprefix(PREFIX).removesuffix(".base_layer.weight")
-    site = adapter.sites.get(module)
-    return key.endswith(".base_layer.weight") and site is not None and isinstance(site.layer, EmbeddingLayer)
+def tidied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A file's tensors without what PEFT writes twice: with `bias="all"` it also writes, under the names of its
+    own wrappers, the biases of modules that are trained whole, and of the originals that they replace.
+    """
+    plain = {key: tensor for key, tensor in tensors.items() if ".original_module." not in key}
+    names = {key: re.sub(r"\.modules_to_save\.[^.]+\.", ".", key) for key in plain}
+    return {name: plain[name if name in plain else key] for key, name in names.items()}
+
+
+def base_copy(model: nn.Module, key: str) -> Tensor | None:
+    """The base's parameter that a key of the file names: PEFT writes whole tables beside adapted ones."""
+    path = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+    return dict(model.named_parameters(remove_duplicate=False)).get(path)
 
 
 # ---- settings -----------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from .errors import Failure, NonFinite
 from .heldout import held_out
 from .nll import nll_sum, token_nll
 from .optim import rate_factor, set_rates, warmup_steps
-from .packing import Batch, pack
+from .packing import IGNORED, Batch, pack
 from .rundir import Run
 from .samples import answer_prompts
 from .workshop import Workshop
@@ -112,20 +112,30 @@ def active(adapters: Adapters) -> list[Any]:
 
 @torch.no_grad()
 def broken_rows(model: nn.Module, adapters: Adapters, batches: Sequence[Batch], step: int) -> list[str]:
-    """The rows whose loss is not finite; if each one's is, all rows of the step: its gradient overflowed."""
+    """The rows whose loss is not finite; if each one's is, all rows of the step: its gradient overflowed.
+
+    Each is tried alone: in a packed row, 0 * NaN in the attention breaks its neighbours too.
+    """
+    device = next(model.parameters()).device
     bad: list[str] = []
     for batch in batches:
-        here = batch.to(next(model.parameters()).device)
-        with adapters.batch(step=step, token_BT=here.token):
-            nll_L, index_L = token_nll(model, here)
-        wrong = set(here.token.flatten()[index_L[~nll_L.isfinite()]].tolist())
-        for row, (b, start, stop) in zip(batch.rows, batch.spans):
-            if wrong & set(batch.token[b, start:stop].tolist()):
+        for row, one in members(batch.to(device)):
+            with adapters.batch(step=step, token_BT=one.token):
+                finite = bool(token_nll(model, one)[0].isfinite().all())
+            if not finite:
                 bad.append(f"{row}: its loss is not finite")
     if bad:
         return bad[:20]
     rows = [row for batch in batches for row in batch.rows]
     return [f"every row's loss is finite, the gradient is not; the step held {', '.join(rows[:20])}"]
+
+
+def members(batch: Batch) -> Iterator[tuple[str, Batch]]:
+    """Each example of a batch as a batch of its own, without padding."""
+    for row, (b, start, stop) in zip(batch.rows, batch.spans):
+        ids, labels, token = (item[b : b + 1, start:stop] for item in (batch.ids, batch.labels, batch.token))
+        targets = int((labels != IGNORED).sum())
+        yield row, Batch(ids, labels, None, token, targets, [row], [(0, 0, stop - start)])
 
 
 def check_gradients(adapters: Adapters) -> None:
@@ -163,8 +173,10 @@ def train_loop(shop: Workshop, run: Run, progress: Progress, listen: Callable[[s
     every = shop.eval_every
     num_warmup = warmup_steps(config.warmup, num_steps)
     last_saved = time.monotonic()
-    if progress.step == 0 and progress.base_loss is None:
+    if progress.step == 0:
         evaluate_now(shop, run, progress, listen)
+    elif progress.waited_enough(config.early_stop):  # killed after its last checkpoint
+        return "stopped_early"
     with asked_to_stop() as stop:
         while progress.step < num_steps:
             began = time.monotonic()

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import verify
+from . import hub, verify
 from .adapt import Adapters
 from .adapter_io import load_adapter
 from .config import DataConfig, ModelConfig, Source
@@ -25,10 +25,12 @@ from .evaluate import evaluate_run
 from .files import write_json
 from .generate import context_length
 from .model import Loaded, load_model, pad_id, stop_ids, write_model
+from .model_files import read_config as read_settings
 from .peft_config import CONFIG, read_config
 from .rundir import STATE, Run
 from .workshop import UNLIMITED
 
+STORED = "stored"  # the number format that the base's weights have on the disk
 NUM_PROMPTS = 32  # for the verification of a merge
 PLAIN_PROMPTS = (
     "The capital of France is",
@@ -95,7 +97,7 @@ def open_target(
     """Open a run folder, an adapter folder, or a model (a folder or an id).
 
     model  the base, instead of the one that the run or the adapter names
-    dtype  the base's number format, instead of the run's
+    dtype  the base's number format, instead of the run's; "stored" for the one it has on the disk
 
     raises  UserError if it is none of them, or its base cannot be found
     """
@@ -106,11 +108,11 @@ def open_target(
         base = model or read_config(path).get("base_model_name_or_path")
         if not base:
             raise UserError(f"{path} does not name its base model", hint="name it: --model ID_OR_FOLDER")
-        loaded = load_model(ModelConfig(id=base, dtype=dtype or "auto"), offline=offline)
+        loaded = load_base(ModelConfig(id=base), dtype, offline=offline)
         return Opened(str(target), loaded, load_adapter(loaded.model, path), style_of(path, loaded))
     if not path.exists() and str(path.parent) != "." and path.parent.is_dir():
         Run.open(path)  # raises, and says which runs are near
-    loaded = load_model(ModelConfig(id=str(target), dtype=dtype or "auto"), offline=offline)
+    loaded = load_base(ModelConfig(id=str(target)), dtype, offline=offline)
     return Opened(str(target), loaded, None, style_of(path, loaded))
 
 
@@ -120,11 +122,22 @@ def open_run(run: Run, *, model: str | None, dtype: str | None, offline: bool) -
         raise UserError(
             f"{run.path} has no adapter yet ({run.state.get('status')})", hint=f"loraloom resume {run.path}"
         )
-    used = dtype or run.env.get("dtype") or run.config.model.dtype
-    config = run.config.model.model_copy(update={"dtype": used} | ({"id": model} if model else {}))
-    loaded = load_model(config, offline=offline)
+    config = run.config.model.model_copy(update={"id": model, "revision": None} if model else {})
+    loaded = load_base(config, dtype or run.env.get("dtype"), offline=offline)
     adapters = load_adapter(loaded.model, run.adapter_path)
     return Opened(str(run.path), loaded, adapters, style_of(run.adapter_path, loaded), run)
+
+
+def load_base(config: ModelConfig, dtype: str | None, *, offline: bool) -> Loaded:
+    """The base in a number format: one that is named, the one on its disk, or what the settings say."""
+    if dtype == STORED:
+        source = hub.resolve(
+            config.id, revision=config.revision, offline=offline, allow_pickle=config.allow_pickle
+        )
+        about = read_settings(source.path)
+        named = about.get("dtype") or about.get("torch_dtype")
+        dtype = named if named in ("float32", "bfloat16", "float16") else None
+    return load_model(config.model_copy(update={"dtype": dtype} if dtype else {}), offline=offline)
 
 
 def style_of(folder: Path, loaded: Loaded) -> Style:
@@ -201,17 +214,17 @@ def merge(
 ) -> verify.Verification:
     """Fold an adapter into its base, write the whole model, read it back and compare it with the adapter.
 
-    Weights are summed in float32 and rounded once to the base's own format. A head or embedding that was
-    tied and is adapted apart is written untied.
+    Weights are summed in float32 and rounded once, to the format of the base's files unless `dtype` names
+    another. A head or embedding that was tied and is adapted apart is written untied.
 
     raises  UserError if there is no adapter or `out` is taken; NotMergeable for a method that cannot
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
-        raise UserError(f"{out} is there already", hint="choose another folder, or --force to replace it")
-    opened = open_target(target, model=model, dtype=dtype or "auto", offline=offline)
+    refuse_taken(out, force=force)
+    opened = open_target(target, model=model, dtype=dtype or STORED, offline=offline)
     if opened.adapters is None:
         raise UserError(f"{target} has no adapter to merge", hint="name a run or an adapter folder")
+    refuse_replacing(out, Path(target), opened.loaded.source.path, Path.cwd())
     opened.adapters.eval()
     prompts = probe_prompts(opened)
     before = Recorded(opened, prompts)
@@ -231,6 +244,25 @@ def merge(
             f"{result.prompts} prompts: mean KL {result.mean_kl:.2g}, top-1 agreement {result.top1_agreement:.1%}",
         )
     return result
+
+
+def refuse_taken(out: Path, *, force: bool) -> None:
+    """
+    raises  UserError if `out` is a file, or a folder with something in it that may not be replaced
+    """
+    if out.is_file():
+        raise UserError(f"{out} is a file; a model needs a folder", hint="choose another one")
+    if out.is_dir() and any(out.iterdir()) and not force:
+        raise UserError(f"{out} is there already", hint="choose another folder, or --force to replace it")
+
+
+def refuse_replacing(out: Path, *needed: Path) -> None:
+    """
+    raises  UserError if replacing the folder `out` would remove one of these folders
+    """
+    for folder in needed:
+        if out.exists() and folder.resolve().is_relative_to(out.resolve()):
+            raise UserError(f"replacing {out} would remove {folder}", hint="choose another folder")
 
 
 class Recorded:

@@ -88,11 +88,11 @@ class Workshop:
         return stop_ids(self.model, self.tokenizer)
 
     def data_digest(self) -> str:
-        """Of every token and label that is trained on: a resumed run must see the same."""
-        train = self.train
-        return digest(
-            train.ids.numpy().tobytes(), train.trained.numpy().tobytes(), train.offsets.numpy().tobytes()
-        )
+        """Of every token and label, trained on or held out: a resumed run must see the same."""
+        parts = [
+            tensor for side in (self.train, self.eval) for tensor in (side.ids, side.trained, side.offsets)
+        ]
+        return digest(*(part.numpy().tobytes() for part in parts))
 
 
 def build(
@@ -188,7 +188,10 @@ def checkpoint_layers(model: Any) -> None:
             f"{type(model).__name__} cannot recompute its layers",
             hint="--set train.gradient_checkpointing=false",
         )
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:  # its name in transformers before 5.23
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
             module.training = True  # transformers recomputes only then; the modules below stay in eval mode
