@@ -1,6 +1,6 @@
 """Two-digit subtraction as data: sums to train on, and 500 others to be tried on.
 
-    python examples/subtraction.py runs/subtraction
+python examples/subtraction.py runs/subtraction
 """
 
 import json

@@ -51,6 +51,12 @@ def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs without their HTML page, which takes longer to draw than a tiny run to train."""
+    monkeypatch.setattr("loraloom.api.build_report", lambda run: None)
+
+
+@pytest.fixture
 def no_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any attempt to reach the network fails the test, also one whose error somebody swallows."""
 

@@ -172,7 +172,7 @@ def spread(calls: list[list[str]], count: int) -> list[int]:
         first.setdefault((kind, name if kind == "rename" else ""), number)
     chosen = set(first.values())
     room = max(0, count - len(chosen))
-    return sorted(chosen | {round((i + 0.5) * len(calls) / room) for i in range(room)})
+    return sorted(chosen | {round(i * (len(calls) - 1) / max(1, room - 1)) for i in range(room)})
 
 
 def kills(trial: Trial, count: int) -> dict[str, Any]:

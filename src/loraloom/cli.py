@@ -119,7 +119,10 @@ def download(id: str, revision: str | None, local_dir: str | None, offline: bool
     """Fetch a model, and show what it is. smollm2-135m-instruct needs no hub."""
     from . import facts, hub
 
-    folder = hub.download(id, revision=revision, offline=offline, local_dir=local_dir)
+    if local_dir is None:
+        folder = hub.resolve(id, revision=revision, offline=offline).path
+    else:
+        folder = hub.download(id, revision=revision, offline=offline, local_dir=local_dir)
     found = facts.model_facts(folder)
     return console.fields({"folder": str(folder), **asdict(found)}, as_json)
 

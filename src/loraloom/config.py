@@ -7,6 +7,7 @@ trainer, which stores them with the origin "auto".
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -190,6 +191,16 @@ class RunConfig(Section):
 
 
 FREE = ("data.map", "rank_pattern", "alpha_pattern")  # the user's own keys stand below these
+ELSEWHERE = {  # what other tools call our settings
+    "lr": "train.learning_rate",
+    "rank": "r",
+    "lora_r": "r",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "num_train_epochs": "train.epochs",
+    "gradient_accumulation_steps": "train.batch_size",
+    "max_seq_length": "data.max_length",
+}
 SHORT = {"model": "id", "data": "train", "method": "name"}  # `model: x` means `model: {id: x}`
 
 
@@ -368,14 +379,16 @@ def say(problem: Any, name: str) -> str:
 
 
 def did_you_mean_key(name: str) -> str | None:
-    """The nearest key in the same section, or of that last name anywhere."""
+    """The nearest key in the same section, the same key in another, or what other tools call so."""
     parent, _, last = name.rpartition(".")
     names = flatten_names(RunConfig)
-    elsewhere = [key for key in names if key.rpartition(".")[2] == last]
-    if elsewhere:
-        return "did you mean " + " or ".join(elsewhere) + "?"
-    section = [key for key in names if key.rpartition(".")[0] == parent]
-    return did_you_mean(name, section)
+    section = {key.rpartition(".")[2]: key for key in names if key.rpartition(".")[0] == parent}
+    found = [section[word] for word in difflib.get_close_matches(last, section, n=2, cutoff=0.75)]
+    found += [key for key in names if key.rpartition(".")[2] == last]
+    found += [ELSEWHERE[last]] if last in ELSEWHERE else []
+    if found:
+        return "did you mean " + " or ".join(dict.fromkeys(found)) + "?"
+    return did_you_mean(last, section)
 
 
 def flatten_names(section: type[BaseModel], prefix: str = "") -> dict[str, Any]:
@@ -436,8 +449,11 @@ def to_yaml(config: RunConfig, origins: Mapping[str, str] | None = None) -> str:
 
 def yaml_text(value: Any) -> str:
     """A value or a mapping's key as YAML writes it on one line, quoted where it must be."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True)
-    return text.removesuffix("...\n").strip()
+    whole: dict[str, Any] = {"default_flow_style": True, "width": math.inf}
+    text = yaml.safe_dump(value, allow_unicode=True, **whole).removesuffix("...\n").strip()
+    if len(text.splitlines()) > 1:  # line breaks inside: only in double quotes they are written as \\n
+        text = yaml.safe_dump(value, default_style='"', **whole).strip()
+    return text
 
 
 def describe(names: Sequence[str] | None = None) -> list[tuple[str, str, str]]:

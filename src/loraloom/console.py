@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from .config import resolve_alpha
 from .errors import UserError
 
 out = Console(highlight=False, soft_wrap=True)
@@ -101,7 +102,7 @@ def facts(shop: Any) -> list[tuple[str, str]]:
         ),
         (
             "method",
-            f"{config.method['name']}  r {config.r}  alpha {config.alpha}  {layers} layers, "
+            f"{config.method['name']}  r {config.r}  alpha {resolve_alpha(config.alpha, config.r):g}  {layers} layers, "
             f"{trainable:,} of {total:,} weights ({trainable / total:.2%})",
         ),
         (

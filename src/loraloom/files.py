@@ -163,6 +163,7 @@ def explain(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        path = Path(*(part.removeprefix(PARTIAL) for part in path.parts))  # the name it would have had
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise Failure(
                 f"the disk is full: {path} was not written",

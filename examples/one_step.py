@@ -1,0 +1,97 @@
+"""Follow one tensor through one training step of a tiny model, and print where it passes.
+
+python examples/one_step.py
+"""
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import loraloom
+from loraloom import nll, train
+from loraloom.bank import Bank
+from loraloom.data import Example
+from loraloom.packing import pack
+
+rows: list[tuple[str, str, str]] = []
+
+
+def shape(tensor: torch.Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def note(where: str, what: str, tensor: torch.Tensor) -> None:
+    if where not in [row[0] for row in rows]:
+        rows.append((where, what, shape(tensor)))
+
+
+def watch(owner: object, name: str, where: str, what: str, pick=lambda result: result) -> None:
+    """Print the result of a function the first time it is called."""
+    original = getattr(owner, name)
+
+    def watched(*args, **kwargs):
+        result = original(*args, **kwargs)
+        note(where, what, pick(result))
+        return result
+
+    setattr(owner, name, watched)
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = LlamaForCausalLM(config).eval()
+    adapters = loraloom.attach(model, r=4)
+    adapters.train()
+    examples = [
+        Example([1, 5, 6, 7, 8], [-100, -100, 6, 7, 8], "a.jsonl:1"),
+        Example([1, 9, 4], [-100, -100, 4], "a.jsonl:2"),
+    ]
+    note("data/tokens.py", "a row becomes ids; its prompt's labels are -100", torch.tensor(examples[0].ids))
+    batches = pack(examples, micro_tokens=256, packing=True, pad_id=0)
+    note("packing.py::pack", "examples share a row; positions restart", batches[0].ids)
+
+    bank = next(iter(adapters.banks.values()))
+    watch(bank, "base_forward", "bank.py::forward", "x W^T, through the frozen weight")
+    watch(bank.layer, "down", "layers.py::down", "x A^T")
+    watch(bank.layer, "up", "layers.py::up", "(x A^T) s B^T, added to the above")
+    watch(
+        nll,
+        "some_logits",
+        "nll.py::some_logits",
+        "logits of the columns that predict a label",
+        lambda r: r[0],
+    )
+    watch(train, "nll_sum", "nll.py::nll_sum", "summed nats of the labelled tokens")
+    assert isinstance(bank, Bank)
+
+    named = dict(adapters.named_parameters())
+    name = next(key for key in named if key.endswith("q_proj/B"))
+    optimizer = torch.optim.AdamW(adapters.parameters(), lr=1e-3)
+    before = named[name].detach().clone()
+    stats = train.train_step(
+        model,
+        adapters,
+        optimizer,
+        batches,
+        step=0,
+        num_steps=1,
+        max_norm=1.0,
+        inspect=lambda: note("train.py::train_step", "the gradient of B; W has none", named[name].grad),
+    )
+    note("torch.optim", "B has moved", named[name].detach() - before)
+    width = max(len(where) for where, _, _ in rows)
+    words = max(len(what) for _, what, _ in rows)
+    for number, (where, what, form) in enumerate(rows, start=1):
+        print(f"{number}  {where:<{width}}  {what:<{words}}  {form}")
+    print(f"\nloss {stats.loss:.3f} nats a target, {stats.targets} targets, {stats.tokens} tokens")
+
+
+if __name__ == "__main__":
+    main()

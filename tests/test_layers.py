@@ -1,0 +1,152 @@
+"""The house holds: imports go down, each heavy dependency has one door, files stay small.
+
+Read from the import statements, so that nothing is executed.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "loraloom"
+MOST_LINES = 460  # a file; about 300 is the aim
+MOST_FUNCTION = 66  # lines of a function, its docstring included: the training step is the longest
+
+# Each line may import from the lines above it; within a line only what stands to the left.
+LAYERS = [
+    ["errors", "files", "config", "wording", "environment", "noise"],
+    ["kernels"],
+    ["layers", "fused", "packing", "optim", "nll", "data"],
+    ["methods"],
+    ["targets", "flow", "bank", "overlay", "forwards", "merging", "adapter", "adapt"],
+    ["peft_config", "peft_format", "adapter_io"],
+    ["model_files", "shards", "gguf_model", "gguf_tokenizer", "pretrained", "convert_sources", "convert"],
+    ["small_model", "hub", "model", "facts", "doctor"],
+    ["generate", "heldout", "rundir", "conversation"],
+    ["workshop", "samples", "checkpoint", "train"],
+    ["results", "figures", "curves", "verdict", "card", "sections", "report"],
+    ["evaluate", "verify", "chat", "finish", "look", "use", "api"],
+    ["console", "cli", "__main__"],
+]
+PACKAGES = {
+    "kernels",
+    "methods",
+    "data",
+}  # folders; inside them files import each other as they like, without circles
+
+DOORS = {
+    "transformers": {"pretrained", "convert_sources", "model"},
+    "tokenizers": {"gguf_tokenizer"},
+    "gguf": {"gguf_model"},
+    "datasets": {"data"},
+    "pyarrow": {"data"},
+    "matplotlib": {"figures"},
+    "jinja2": {"report"},
+    "triton": {"kernels"},
+    "click": {"cli"},
+    "peft": set(),
+    "bitsandbytes": set(),
+}
+NO_TORCH = {
+    "errors",
+    "files",
+    "config",
+    "wording",
+    "environment",
+    "noise",
+    "rundir",
+    "results",
+    "card",
+    "cli",
+    "console",
+}
+
+
+def files() -> list[Path]:
+    return sorted(
+        path for path in SOURCE.rglob("*.py") if path.name != "__init__.py" or path.parent != SOURCE
+    )
+
+
+def unit(path: Path) -> str:
+    """The name that LAYERS knows a file by: its own, or its folder's."""
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path, *, top_only: bool = False) -> list[tuple[str, bool]]:
+    """(module, whether it is ours) of each import; ours by the name that LAYERS knows."""
+    found = []
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = tree.body if top_only else list(ast.walk(tree))
+    depth = len(path.relative_to(SOURCE).parts)  # 1 for a file of the package, 2 for one in a folder
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found += [(alias.name.split(".")[0], False) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.append(((node.module or "").split(".")[0], False))
+        elif isinstance(node, ast.ImportFrom):
+            if node.level < depth:  # from . inside a folder
+                found.append((unit(path), True))
+            elif node.module:
+                found.append((node.module.split(".")[0], True))
+            else:
+                found += [(alias.name, True) for alias in node.names]
+    return found
+
+
+def place(name: str) -> tuple[int, int]:
+    for line, names in enumerate(LAYERS):
+        if name in names:
+            return line, names.index(name)
+    raise AssertionError(f"{name} stands in no layer: put it in LAYERS")
+
+
+def test_every_file_stands_in_one_layer():
+    names = {unit(path) for path in files()}
+    listed = [name for names in LAYERS for name in names]
+    assert sorted(listed) == sorted(set(listed))
+    assert names == set(listed)
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_go_down(path):
+    own = unit(path)
+    for name, ours in imports(path):
+        if ours and name != "__version__" and not (name == own and own in PACKAGES):
+            assert place(name) < place(own), f"{own} imports {name}, which stands above it"
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(SOURCE)))
+def test_each_heavy_dependency_has_one_door(path):
+    for name, ours in imports(path):
+        if not ours and name in DOORS:
+            assert unit(path) in DOORS[name], f"{unit(path)} imports {name}"
+
+
+@pytest.mark.parametrize("name", sorted(NO_TORCH))
+def test_what_must_be_quick_imports_no_torch(name):
+    assert "torch" not in {module for module, _ in imports(SOURCE / f"{name}.py", top_only=True)}
+
+
+def test_only_the_step_calls_backward():
+    """Elsewhere only `hold` brings a gradient back, and the first look at a machine tries one."""
+    allowed = {"train.py", "adapt.py", "flow.py", "bank.py", "doctor.py"}
+    for path in files():
+        calls = [
+            node
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Attribute) and node.attr == "backward"
+        ]
+        assert not calls or path.name in allowed, path.name
+
+
+def test_files_and_functions_stay_small():
+    for path in files():
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= MOST_LINES, f"{path.name} has {text.count(chr(10))} lines"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < MOST_FUNCTION, f"{path.name}: {node.name} is too long"
