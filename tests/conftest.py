@@ -51,9 +51,10 @@ def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs without their HTML page, which takes longer to draw than a tiny run to train."""
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs without what takes longer than a tiny training: drawing the page, and waiting for the disk."""
     monkeypatch.setattr("loraloom.api.build_report", lambda run: None)
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
 
 
 @pytest.fixture

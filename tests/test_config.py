@@ -28,7 +28,7 @@ from loraloom.errors import UserError
 from loraloom.rundir import Run
 from loraloom.workshop import Workshop
 
-pytestmark = pytest.mark.usefixtures("no_report")
+pytestmark = pytest.mark.usefixtures("quick")
 
 THREE: dict[str, Any] = {"model": "m", "data": "d.jsonl", "output": "out"}
 GOLDEN = """
@@ -138,9 +138,9 @@ def refused(file: Path | None = None, settings: dict[str, Any] | None = None) ->
         ("train.epoch", "train.epochs"),
         ("train.lr", "train.learning_rate"),
         ("modle", "model"),
-        ("model.name", "model"),
+        ("model.name", "id"),
         ("data.template", None),
-        ("rank", "rank_pattern"),
+        ("rank", "did you mean r?"),
         ("eval.prompt", "eval.prompts"),
     ],
 )

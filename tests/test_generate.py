@@ -50,6 +50,15 @@ def test_a_batch_equals_single_prompts_and_the_definition(
     assert capfd.readouterr().err == ""  # transformers has nothing to warn of
 
 
+def test_the_head_gets_contiguous_inputs() -> None:
+    """A slice with gaps made torch copy the head's weight once for each row."""
+    model, seen = causal("llama"), []
+    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(args[0].is_contiguous()))
+    answer_all(model, some_prompts((9, 9, 9)))
+    assert seen
+    assert all(seen)
+
+
 def test_answers_end_at_the_context() -> None:
     prompts = some_prompts((CONTEXT - 1, CONTEXT - 5, 4))
     answers = answer_all(causal("gpt2"), prompts, stop_ids=[], max_new_tokens=9)

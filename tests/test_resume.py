@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from loraloom.errors import UserError
 from loraloom.files import write_json
 from loraloom.rundir import Run
 
-pytestmark = pytest.mark.usefixtures("no_report")
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 class Cut(Exception):
@@ -304,14 +305,11 @@ def interrupted(arguments: list[str], signals: dict[int, list[int]]) -> subproce
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_saves_and_the_run_goes_on(
-    number: int, model_folder: Path, data_file: Path, tmp_path: Path
-) -> None:
+def test_ctrl_c_saves_and_the_run_goes_on(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     whole = run_tiny(model_folder, data_file, tmp_path / "whole", dropout=0.1)
     path = tmp_path / "cut"
     flags = [f"--set={k}={v}" for k, v in settings(model_folder, data_file, path, dropout=0.1).items()]
-    done = interrupted(["train", *flags, "--offline"], {3: [number]})
+    done = interrupted(["train", *flags, "--offline"], {3: [signal.SIGINT]})
     assert done.returncode == 130, done.stderr
     assert "Traceback" not in done.stderr
     assert f"loraloom resume {path}" in done.stderr
@@ -325,17 +323,32 @@ def test_ctrl_c_saves_and_the_run_goes_on(
     assert_same_end(again, whole)
 
 
-def test_a_second_ctrl_c_ends_at_once(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
-    path = tmp_path / "cut"
-    flags = [f"--set={k}={v}" for k, v in settings(model_folder, data_file, path).items()]
-    done = interrupted(["train", *flags, "--offline"], {3: [signal.SIGINT, signal.SIGINT]})
-    assert done.returncode == 130
-    assert "Traceback" not in done.stderr
-    assert f"loraloom resume {path}" in done.stderr
-    run = Run.open(path)
-    assert run.state["status"] == "interrupted"
-    assert run.checkpoints() == []
-    assert api.resume(path, offline=True).state["status"] == "done"
+def test_a_polite_kill_is_a_ctrl_c_and_a_second_one_ends_at_once(
+    model_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    for name, numbers, saved in (("kill", [signal.SIGTERM], [3]), ("twice", [signal.SIGINT] * 2, [])):
+
+        def listen(kind: str, record: Any, numbers: list[int] = numbers) -> None:
+            for number in numbers if kind == "step" and record["step"] == 3 else ():
+                os.kill(os.getpid(), number)
+
+        with pytest.raises(KeyboardInterrupt, match=f"loraloom resume {tmp_path / name}"):
+            run_tiny(model_folder, data_file, tmp_path / name, listen=listen)
+        run = Run.open(tmp_path / name)
+        assert run.state["status"] == "interrupted"
+        assert [step for step, _ in run.checkpoints()] == saved
+        assert ("the state of step 3 is saved" in run.state["message"]) == bool(saved)
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+        assert api.resume(run.path, offline=True).state["status"] == "done"
+
+
+def test_training_outside_the_main_thread_listens_to_no_signal(
+    model_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(run_tiny, model_folder, data_file, tmp_path / "run", train__max_steps=2).result()
+    assert run.state["status"] == "done"
 
 
 def test_data_made_anew_with_the_same_content_is_the_same(stopped: Path) -> None:

@@ -34,7 +34,7 @@ from loraloom.packing import Batch, pack
 from loraloom.train import StepStats, check_gradients, train_step
 from loraloom.workshop import checkpoint_layers
 
-pytestmark = pytest.mark.usefixtures("no_report")
+pytestmark = pytest.mark.usefixtures("quick")
 EXACT = {"rtol": 1e-10, "atol": 1e-14}  # float64 sums in another order
 SGD = TrainConfig(optimizer="sgd", momentum=0.0, weight_decay=0.0)
 

@@ -21,7 +21,7 @@ import torch
 
 from . import card, finish
 from .checkpoint import Progress, restore, save_best, save_checkpoint
-from .config import RunConfig, resolve
+from .config import RunConfig, flatten, resolve
 from .data import Examples
 from .data import cache as store
 from .errors import Failure, NonFinite, OutOfMemory, UserError
@@ -64,7 +64,7 @@ def train(
     """
     given = {**(settings or {}), **named}
     if isinstance(config, RunConfig):
-        given = {**config.model_dump(exclude_unset=True), **given}
+        given = flatten(config.model_dump(exclude_unset=True)) | given
     chosen, origins = resolve(None if isinstance(config, RunConfig) else config, given)
     refuse_taken(Path(chosen.output))
     torch.manual_seed(chosen.train.seed)  # nothing of ours draws from it; a part of a model may

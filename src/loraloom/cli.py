@@ -80,14 +80,17 @@ def cli(debug: bool) -> None:
 
 
 def with_json(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A command that returns a value for --json, or None if it has shown it itself."""
+    """A command that returns a value for --json, or has shown it itself and returns None or an exit code."""
 
     @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
     @wraps(function)
     def command(*args: Any, as_json: bool, **kwargs: Any) -> Any:
         value = function(*args, as_json=as_json, **kwargs)
-        if as_json and value is not None and not isinstance(value, int):  # which is an exit code
+        if isinstance(value, int):
+            return value
+        if as_json and value is not None:
             click.echo(json.dumps(value, ensure_ascii=False, default=str))
+        return 0
 
     return command
 

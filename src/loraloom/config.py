@@ -345,6 +345,10 @@ def validate(
             details.append(f"{where}{say(problem, name)}")
             if problem["type"] == "extra_forbidden":
                 hints.append(did_you_mean_key(name))
+            elif problem["type"] == "missing" and name in RunConfig.model_fields:
+                hints.append(
+                    "three settings are enough: -m MODEL -d DATA -o OUTPUT, or a YAML file with them"
+                )
         details = list(dict.fromkeys(details))
         if len(details) == 1:
             raise UserError(details[0], hint=next(iter(filter(None, hints)), None)) from None

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
 from .config import resolve_alpha
@@ -72,13 +73,17 @@ class TrainView:
     def on_eval(self, record: dict[str, Any]) -> None:
         better = self.best is None or record["loss"] < self.best
         self.best = record["loss"] if better else self.best
+        if self.bar is not None:
+            self.bar.refresh()
         mark = "best so far" if better and record["step"] else "the base" if not record["step"] else ""
         err.print(f" eval at step {record['step']}: held-out loss {record['loss']:.4f}  {mark}".rstrip())
 
     def on_sample(self, record: dict[str, Any]) -> None:
-        short = {key: " ".join(str(record[key]).split())[-70:] for key in ("prompt", "answer")}
-        ended = "stopped" if record["stopped"] else "cut"
-        err.print(Text(f"   sample  {short['prompt']} → {short['answer']}  ({ended})", style="dim"))
+        prompt, answer = (" ".join(str(record[key]).split()) for key in ("prompt", "answer"))
+        prompt = "…" + prompt[-59:] if len(prompt) > 60 else prompt  # a prompt's end says what was asked
+        answer = answer[:69] + "…" if len(answer) > 70 else answer
+        ended = "" if record["stopped"] else "  (cut)"
+        err.print(Text(f"   sample  {prompt} → {visible(answer) or '(nothing)'}{ended}", style="dim"))
 
     def on_end(self, status: str) -> None:
         if self.bar is not None:
@@ -158,16 +163,44 @@ def fields(values: dict[str, Any], as_json: bool) -> dict[str, Any] | None:
 
 
 def show_runs(rows: list[dict[str, Any]]) -> None:
-    """A table of runs."""
-    table = Table(box=None, pad_edge=False)
-    names = list(rows[0])
-    for name in names:
-        table.add_column(name.replace("_", " "))
-    for row in rows:
-        table.add_row(
-            *(
-                "" if row[n] is None else f"{row[n]:.4g}" if isinstance(row[n], float) else str(row[n])
-                for n in names
-            )
-        )
-    out.print(table)
+    """A table of runs, one a line, however wide it gets."""
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "run": lambda row: row["path"],
+        "status": lambda row: row["status"].replace("_", " "),
+        "model": lambda row: row["model"] or "",
+        "method": lambda row: row["method"] or "",
+        "steps": lambda row: f"{row['steps']:,}",
+        "base loss": lambda row: number(row["base_loss"]),
+        "best loss": lambda row: number(row["best_loss"]),
+        "exact match": lambda row: "" if row["exact_match"] is None else f"{row['exact_match']:.1%}",
+        "time": lambda row: "" if row["seconds"] is None else clock(row["seconds"]),
+        "started": lambda row: "" if row["age"] is None else f"{span(row['age'])} ago",
+    }
+    table = [[visible(write(row)) for write in columns.values()] for row in rows]
+    lines = [list(columns), *table]
+    widths = [max(map(cell_len, column)) for column in zip(*lines)]
+    for place, line in enumerate(lines):
+        cells = [pad(text, width, left=at < 4) for at, (text, width) in enumerate(zip(line, widths))]
+        out.print(Text("  ".join(cells).rstrip(), style="" if place else "dim"))
+
+
+def pad(text: str, width: int, *, left: bool) -> str:
+    space = " " * (width - cell_len(text))
+    return text + space if left else space + text
+
+
+def number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def span(seconds: float) -> str:
+    """How long ago, in one unit: 40 s, 12 min, 5 h, 3 days."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def visible(text: str) -> str:
+    """A text whose control characters are shown instead of obeyed: what a model writes may hold any."""
+    return "".join(c if c.isprintable() else "�" for c in text)

@@ -24,6 +24,8 @@ from .errors import Failure
 PARTIAL = ".partial-"  # prefix of what is being written
 OLD = ".old-"  # prefix of a folder that its successor has replaced
 CHUNK = 1 << 20  # bytes per write
+os.umask(UMASK := os.umask(0))
+NEW_FILE = 0o666 & ~UMASK  # the permissions of a new file
 
 
 def write_bytes(path: Path | str, data: bytes) -> None:
@@ -91,6 +93,7 @@ def whole_folder(path: Path | str) -> Iterator[Path]:
             yield partial
             for folder, _, names in os.walk(partial):
                 for name in names:
+                    os.chmod(Path(folder) / name, NEW_FILE)  # some libraries write files that only we may read
                     sync_file(Path(folder) / name)
                 sync_folder(Path(folder))
         except BaseException:

@@ -68,7 +68,7 @@ def generate(
         raise ValueError("names needs adapters, and one name for each prompt")
     room = allowances(prompts, max_new_tokens, context_length(model))
     answers: dict[int, Answer] = {}
-    with evaluating(model), own_settings(model):
+    with evaluating(model), own_settings(model), contiguous_head(model):
         for members in batches(prompts, room, batch_tokens):
             routed: AbstractContextManager[Any] = nullcontext()
             if names is not None and adapters is not None:
@@ -197,6 +197,24 @@ def own_settings(model: Any) -> Iterator[None]:
         yield
     finally:
         model.generation_config = saved
+
+
+@contextmanager
+def contiguous_head(model: Any) -> Iterator[None]:
+    """Give the output head contiguous inputs.
+
+    The last position of each prompt is a slice with gaps between its rows. torch's linear then copies the
+    head's weight once for each row: gigabytes, and most of the time of a batch of short answers.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]) if args else None)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def context_length(model: Any) -> int | None:

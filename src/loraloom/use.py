@@ -20,14 +20,14 @@ from .config import DataConfig, ModelConfig, Source
 from .conversation import Conversation
 from .data import Examples, Style, prepare, render_prompt, resolve_style
 from .data import cache as store
-from .errors import DataError, UserError
+from .errors import DataError, UserError, nearest
 from .evaluate import evaluate_run
 from .files import write_json
 from .generate import context_length
 from .model import Loaded, load_model, pad_id, stop_ids, write_model
 from .model_files import read_config as read_settings
 from .peft_config import CONFIG, read_config
-from .rundir import STATE, Run
+from .rundir import STATE, Run, find_runs
 from .workshop import UNLIMITED
 
 STORED = "stored"  # the number format that the base's weights have on the disk
@@ -112,7 +112,13 @@ def open_target(
         return Opened(str(target), loaded, load_adapter(loaded.model, path), style_of(path, loaded))
     if not path.exists() and str(path.parent) != "." and path.parent.is_dir():
         Run.open(path)  # raises, and says which runs are near
-    loaded = load_base(ModelConfig(id=str(target)), dtype, offline=offline)
+    try:
+        loaded = load_base(ModelConfig(id=str(target)), dtype, offline=offline)
+    except UserError as error:
+        near = nearest(str(target), [str(run.path) for run in find_runs(path.parent, depth=1)], count=1)
+        if near and not path.exists():
+            error.hint = f"did you mean {near[0]}, a run?"
+        raise
     return Opened(str(target), loaded, None, style_of(path, loaded))
 
 
@@ -273,9 +279,9 @@ class Recorded:
         self.logits: dict[tuple[int, ...], list[torch.Tensor]] = {}
         for prompt in prompts:
             ids = torch.tensor([prompt], device=opened.loaded.device)
-            tuned = verify.logits_of(opened.model, ids).cpu()
+            tuned = verify.logits_of(opened.model, ids).cpu()[None]
             with opened.adapters.disabled():
-                base = verify.logits_of(opened.model, ids).cpu()
+                base = verify.logits_of(opened.model, ids).cpu()[None]
             self.logits[tuple(prompt)] = [tuned, base]
 
     def tuned(self, ids: torch.Tensor) -> torch.Tensor:
