@@ -6,6 +6,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+IN_CI = bool(os.environ.get("CI"))  # what may be skipped at home must run there
+USERS_CACHE = os.environ.get("LORALOOM_CACHE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch when it is imported
 os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody listens there; the hub's tests name their own
 os.environ["CI"] = "1"
@@ -13,6 +15,8 @@ os.environ["CI"] = "1"
 import pytest
 import torch
 from tiny_run import make_data, make_model
+
+from loraloom.small_model import small_model
 
 torch.set_num_threads(1)
 
@@ -42,6 +46,25 @@ def _float32_everywhere() -> Iterator[None]:
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with a tied head and its tokenizer."""
     return make_model(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """The folder of the real small model in the user's own cache; made there if it is not there yet."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("LORALOOM_CACHE")
+        if USERS_CACHE is not None:
+            patch.setenv("LORALOOM_CACHE", USERS_CACHE)
+        return small_model(progress=False)
+
+
+@pytest.fixture(scope="session")
+def real_instructions() -> Path:
+    """3,102 Alpaca-style records that lie beside the project, not in it."""
+    file = Path(__file__).parents[2] / "shared" / "data" / "alpaca_libre.json"
+    if not file.is_file() and not IN_CI:
+        pytest.skip(f"{file.name} does not lie beside the project")
+    return file
 
 
 @pytest.fixture(scope="session")

@@ -212,7 +212,7 @@ def main(model: str, data: str, folder: str, count: str) -> None:
         trial = Trial(Path(model), Path(data), place, held=held)
         answer[f"held-{held}"] = kills(trial, int(count) if held else int(count) // 3)
         if held:
-            answer["full"] = full_disks(trial, 8, answer["held-4"]["calls"])
+            answer["full"] = full_disks(trial, 6, answer["held-4"]["calls"])
     print(json.dumps(answer))
 
 

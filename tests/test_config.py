@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_run import make_data, make_model, make_shop, run_tiny
 
@@ -289,6 +289,7 @@ changed = st.fixed_dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(changed)
 def test_settings_written_as_yaml_read_back_the_same(
     tmp_path_factory: pytest.TempPathFactory, values: Any

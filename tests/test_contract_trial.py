@@ -16,7 +16,7 @@ from torch import nn
 from trial_methods import TRIAL
 
 from loraloom import methods
-from loraloom.adapt import AdapterSpec, Adapters, attach
+from loraloom.adapt import Adapters, AdapterSpec, attach
 from loraloom.methods.base import NotMergeable
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
@@ -55,7 +55,14 @@ def build(model, names, dropout=P_DROP) -> Adapters:
     adapters = None
     for i, name in enumerate(names):
         p = 0.0 if name == "deltalora" else dropout  # Delta-LoRA's rule needs a branch without dropout
-        settings = {"method": name, "r": 2 + i, "alpha": 3.0 + i, "dropout": p, "seed": i, "target_modules": ["one", "two"]}
+        settings = {
+            "method": name,
+            "r": 2 + i,
+            "alpha": 3.0 + i,
+            "dropout": p,
+            "seed": i,
+            "target_modules": ["one", "two"],
+        }
         if adapters is None:
             adapters = attach(model, name=f"{name}{i}", **settings)
         else:
@@ -120,7 +127,9 @@ def true_layer(kind, p, r, alpha, w, bias, x, xd, ids):
             return x @ moved.T + (0 if bias is None else bias) + s * (x @ (p["B"] @ p["A"]).T)
         case "alora":
             places = [t for t, i in enumerate(ids.tolist()) if i == TOKEN]
-            on = torch.tensor([[float(bool(places) and t >= places[-1])] for t in range(len(ids))], dtype=w.dtype)
+            on = torch.tensor(
+                [[float(bool(places) and t >= places[-1])] for t in range(len(ids))], dtype=w.dtype
+            )
             return base + on * (s * (xd @ (p["B"] @ p["A"]).T))
         case "bottleneck":
             return base + torch.relu(base @ p["down"].T) @ p["up"].T
@@ -138,10 +147,12 @@ def true_forward(model, adapters, rows, x_in, tokens_BT, *, dropout=True):
                 h_new = h @ w.T + (0 if bias is None else bias)
             else:
                 adapter = adapters.adapters[name]
-                p = {key: tensor for key, tensor in adapter.sites[layer_name].p.items()}
+                p = adapter.sites[layer_name].p
                 m = adapter.method
                 rate = m.dropout if dropout else 0.0
-                hd = true_drop(h, rate, seed=adapters.flow.seeds[name], group=layer_name, tokens=tokens_BT[b].tolist())
+                hd = true_drop(
+                    h, rate, seed=adapters.flow.seeds[name], group=layer_name, tokens=tokens_BT[b].tolist()
+                )
                 h_new = true_layer(name[:-1], p, m.r, m.alpha, w, bias, h, hd, IDS[b])
             h = torch.tanh(h_new) if layer_name == "one" else h_new
         outputs.append(h)
@@ -153,9 +164,9 @@ def gradients(adapters, loss, *extra):
     for tensor in (*parameters, *extra):
         tensor.grad = None
     loss()
-    return {
-        name: None if p.grad is None else p.grad.clone() for name, p in adapters.named_parameters()
-    }, [t.grad.clone() for t in extra]
+    return {name: None if p.grad is None else p.grad.clone() for name, p in adapters.named_parameters()}, [
+        t.grad.clone() for t in extra
+    ]
 
 
 def assert_same_gradients(ours, truth):
@@ -199,7 +210,9 @@ def test_three_adapters_in_a_batch_with_dropout_equal_dense_float64(trio):
     assert_same_gradients(grads_live, grads_true)
     torch.testing.assert_close(x_live, x_true, **TIGHT)
 
-    grads_held, [x_held] = gradients(adapters, lambda: held(model, adapters, rows, tokens_BT, target, bump), bump)
+    grads_held, [x_held] = gradients(
+        adapters, lambda: held(model, adapters, rows, tokens_BT, target, bump), bump
+    )
     assert_same_gradients(grads_held, grads_true)
     torch.testing.assert_close(x_held, x_true, **TIGHT)
 

@@ -276,8 +276,8 @@ def test_where_converted_models_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 @pytest.mark.slow
-def test_the_real_small_model() -> None:
-    loaded = load_model(ModelConfig(id="smollm2-135m-instruct", dtype="float32", device="cpu"))
+def test_the_real_small_model(real_model: Path) -> None:
+    loaded = load_model(ModelConfig(id=str(real_model), dtype="float32", device="cpu"))
     tokenizer = loaded.tokenizer
     assert tokenizer("x\n\n1")["input_ids"] == [104, 1116, 33]
     ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]

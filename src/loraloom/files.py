@@ -93,7 +93,9 @@ def whole_folder(path: Path | str) -> Iterator[Path]:
             yield partial
             for folder, _, names in os.walk(partial):
                 for name in names:
-                    os.chmod(Path(folder) / name, NEW_FILE)  # some libraries write files that only we may read
+                    os.chmod(
+                        Path(folder) / name, NEW_FILE
+                    )  # some libraries write files that only we may read
                     sync_file(Path(folder) / name)
                 sync_folder(Path(folder))
         except BaseException:
