@@ -166,11 +166,11 @@ class Trial:
 
 
 def spread(calls: list[list[str]], count: int) -> list[int]:
-    """Call numbers: every kind of rename, one of every other kind of call, and the rest evenly over all."""
+    """Call numbers: each file's first rename and removal, one of every other kind, the rest evenly over all."""
     first: dict[tuple[str, ...], int] = {}
     for number, (kind, name) in enumerate(calls):
-        first.setdefault((kind, name if kind == "rename" else ""), number)
-    chosen = set(first.values())
+        first.setdefault((kind, name if kind in ("rename", "unlink") else ""), number)
+    chosen = {*first.values(), len(calls) - 1}
     room = max(0, count - len(chosen))
     return sorted(chosen | {round(i * (len(calls) - 1) / max(1, room - 1)) for i in range(room)})
 
@@ -189,9 +189,10 @@ def kills(trial: Trial, count: int) -> dict[str, Any]:
 
 
 def full_disks(trial: Trial, count: int, calls: list[list[str]]) -> list[dict[str, Any]]:
+    """The disk fills up while the third checkpoint is written, and at some other calls."""
+    states = [number for number, call in enumerate(calls) if call == ["write", ".partial-state.safetensors"]]
     results = []
-    for i in range(count):
-        number = round((i + 0.5) * len(calls) / count)
+    for number in [states[2], *(round((i + 0.5) * len(calls) / count) for i in range(count))]:
         path = trial.folder / f"full-{number}"
         found = forked(trial.command, path, number, "full")
         results.append(
@@ -210,9 +211,9 @@ def main(model: str, data: str, folder: str, count: str) -> None:
         place = Path(folder) / f"held-{held}"
         place.mkdir()
         trial = Trial(Path(model), Path(data), place, held=held)
-        answer[f"held-{held}"] = kills(trial, int(count) if held else int(count) // 3)
+        answer[f"held-{held}"] = kills(trial, int(count) if held else int(count) // 5)
         if held:
-            answer["full"] = full_disks(trial, 6, answer["held-4"]["calls"])
+            answer["full"] = full_disks(trial, 5, answer["held-4"]["calls"])
     print(json.dumps(answer))
 
 

@@ -292,21 +292,16 @@ def test_a_yaml_file_of_three_lines_with_flags(
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_a_chat_through_a_pipe(trained: Path) -> None:
-    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); import conftest; from loraloom.cli import run; "
-    code += "sys.exit(run(sys.argv[1:]))"
-    done = shell(
-        code,
-        str(Path(__file__).parent),
-        *["chat", str(trained), "--max-new-tokens", "4", "--offline"],
-        input="/base\nwhat is 2\n/nonsense\n/base\nwhat is 2\n/quit\nnever read\n",
-    )
-    assert done.returncode == 0, done.stderr
-    assert "base answers from here on" in done.stdout
-    assert "tuned answers from here on" in done.stdout
-    assert "there is no command /nonsense" in done.stdout
-    assert "never read" not in done.stdout
-    assert "Traceback" not in done.stderr
+def test_a_chat_through_a_pipe(trained: Path, say: Say, monkeypatch: Any) -> None:
+    lines = "/base\nwhat is 2\n/nonsense\n/base\nwhat is 2\n/quit\nnever read\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    told = say("chat", trained, "--max-new-tokens", "4", "--offline")
+    assert told.code == 0
+    assert told.err == ""
+    assert "base answers from here on" in told.out
+    assert "tuned answers from here on" in told.out
+    assert "there is no command /nonsense" in told.out
+    assert sys.stdin.read() == "never read\n"
 
 
 def test_a_sample_is_one_line_that_obeys_no_control_character(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from tiny_run import adapter_bytes, run_tiny, settings
 
-from loraloom import api, files
+from loraloom import api, cli, files
 from loraloom.errors import Failure
 from loraloom.rundir import Run
 
@@ -55,7 +55,7 @@ def results(
 @pytest.mark.parametrize("case", ["held-4", "held-0"])
 def test_killed_anywhere_a_run_goes_on_to_the_same_bytes(results: dict[str, Any], case: str) -> None:
     calls, kills = results[case]["calls"], results[case]["kills"]
-    assert len(kills) >= (int(NUM_KILLS) if case == "held-4" else int(NUM_KILLS) // 3) * 0.9
+    assert len(kills) >= (int(NUM_KILLS) if case == "held-4" else int(NUM_KILLS) // 5) * 0.9
     assert {kill["call"][0] for kill in kills} == {kind for kind, _ in calls}
     assert {"write", "fsync", "replace", "rename", "mkdir"} <= {kind for kind, _ in calls}
     renamed = {name for kind, name in calls if kind == "rename"}
@@ -87,19 +87,17 @@ def test_a_full_disk_ends_a_run_with_words_and_leaves_what_was_written(results: 
         assert "Traceback" not in case["shown"], case
         assert case["equal"], case
         assert not case["left"], case
-    assert any(
-        "checkpoints/step-" in case["shown"] for case in cases
-    )  # the file itself, not what failed after it
-    assert any("then go on with: loraloom resume" in case["shown"] for case in cases)
-    assert any(case["checkpoints"] == 2 for case in cases)
-
-
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "loraloom", *arguments], capture_output=True, text=True)
+    first = cases[0]["shown"]  # the file that found no space, not what failed after it
+    assert "checkpoints/step-000003/state.safetensors was not written" in first
+    assert "then go on with: loraloom resume" in first
+    assert cases[0]["checkpoints"] == 2
 
 
 @linux
-def test_a_disk_that_is_really_full(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("quick")
+def test_a_disk_that_is_really_full(
+    model_folder: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     small = tmp_path / "small"
     small.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(small)]
@@ -113,10 +111,9 @@ def test_a_disk_that_is_really_full(model_folder: Path, data_file: Path, tmp_pat
         flags = [
             f"--set={k}={v}" for k, v in settings(model_folder, data_file, small / "run", **changes).items()
         ]
-        done = command("train", *flags, "--offline")
-        assert done.returncode == 1, done.stderr
-        assert "error: the disk is full: " in done.stderr
-        assert "Traceback" not in done.stderr
+        assert cli.run(["train", *flags, "--offline"]) == 1
+        shown = capsys.readouterr().err
+        assert "error: the disk is full: " in shown
         saved = Run.open(small / "run").checkpoints()
         assert 1 <= len(saved) < 6
         subprocess.run(["mount", "-o", "remount,size=40m", str(small)], check=True)

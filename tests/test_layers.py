@@ -17,7 +17,7 @@ MOST_FUNCTION = 66  # lines of a function, its docstring included: the training 
 
 # Each line may import from the lines above it; within a line only what stands to the left.
 LAYERS = [
-    ["errors", "files", "config", "wording", "environment", "noise"],
+    ["errors", "files", "config_errors", "config", "wording", "environment", "noise"],
     ["kernels"],
     ["layers", "fused", "packing", "optim", "nll", "data"],
     ["methods"],
@@ -53,6 +53,7 @@ DOORS = {
 NO_TORCH = {
     "errors",
     "files",
+    "config_errors",
     "config",
     "wording",
     "environment",

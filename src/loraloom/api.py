@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from . import card, finish
-from .checkpoint import Progress, restore, save_best, save_checkpoint
+from .checkpoint import Progress, clear, restore, save_best, save_checkpoint
 from .config import RunConfig, flatten, resolve
 from .data import Examples
 from .data import cache as store
@@ -104,6 +104,7 @@ def resume(
         )
     if not (run.path / "data" / "held-out").is_dir():  # killed before it was kept
         keep_data(shop, run)
+    clear(run)
     latest = run.latest()
     where = restore(shop, latest[1]) if latest is not None else Progress()
     if where.step == 0:

@@ -57,9 +57,8 @@ class Progress:
 def save_checkpoint(shop: Workshop, run: Run, progress: Progress) -> Path:
     """Write the whole state under its step, then drop the checkpoints over `train.keep`."""
     path = run.path / "checkpoints" / f"step-{progress.step:06d}"
-    if (
-        not shop.evaluates
-    ):  # nothing says which is best: the last one is. First, so that it is never the older
+    if not shop.evaluates:
+        # Nothing says which adapter is best: the last one is. It comes first, so that it is never the older one.
         save_best(shop, run, progress)
     with files.whole_folder(path) as folder:
         write_adapter(shop, folder)
@@ -67,11 +66,14 @@ def save_checkpoint(shop: Workshop, run: Run, progress: Progress) -> Path:
         files.write_json(folder / PROGRESS, asdict(progress))
     for _, old in run.checkpoints()[: -shop.config.train.keep]:
         files.remove_folder(old)
-    for left in path.parent.glob(
-        files.PARTIAL + "*"
-    ):  # of a process that was killed while it wrote or removed
-        shutil.rmtree(left, ignore_errors=True)
     return path
+
+
+def clear(run: Run) -> None:
+    """Remove what a process left that was killed while it wrote or removed; only the run's one writer may."""
+    run.checkpoints()  # completes the exchanges that can be
+    for left in list(run.path.rglob(files.PARTIAL + "*")):
+        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def save_best(shop: Workshop, run: Run, progress: Progress) -> None:

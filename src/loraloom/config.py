@@ -7,7 +7,6 @@ trainer, which stores them with the origin "auto".
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +16,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from .errors import UserError, did_you_mean
+from .config_errors import in_words
+from .errors import UserError
 
 Auto = Literal["auto"]
 Positive = Annotated[int, Field(gt=0)]
@@ -191,16 +191,6 @@ class RunConfig(Section):
 
 
 FREE = ("data.map", "rank_pattern", "alpha_pattern")  # the user's own keys stand below these
-ELSEWHERE = {  # what other tools call our settings
-    "lr": "train.learning_rate",
-    "rank": "r",
-    "lora_r": "r",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "num_train_epochs": "train.epochs",
-    "gradient_accumulation_steps": "train.batch_size",
-    "max_seq_length": "data.max_length",
-}
 SHORT = {"model": "id", "data": "train", "method": "name"}  # `model: x` means `model: {id: x}`
 
 
@@ -234,7 +224,7 @@ def resolve(
             drop_below(origins, name)
             assign(tree, name, leaf)
             origins[".".join(path_of(name)[:-1]) if under_free(name) else name] = "flag"
-    config = validate(tree, origins, file=file, lines=lines)
+    config = validate(tree, file=file, lines=lines)
     every = dict.fromkeys(flatten(config.model_dump()), "default")
     return config, {name: origins.get(name, origin_above(name, origins)) for name in every}
 
@@ -332,67 +322,11 @@ def origin_above(name: str, origins: Mapping[str, str]) -> str:
     return "default"
 
 
-def validate(
-    tree: Mapping[str, Any], origins: Mapping[str, str], *, file: Path | str | None, lines: Mapping[str, int]
-) -> RunConfig:
+def validate(tree: Mapping[str, Any], *, file: Path | str | None, lines: Mapping[str, int]) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        details, hints = [], []
-        for problem in error.errors():
-            name = setting_of(problem)
-            where = f"{file} line {lines[name]}: " if file is not None and name in lines else ""
-            details.append(f"{where}{say(problem, name)}")
-            if problem["type"] == "extra_forbidden":
-                hints.append(did_you_mean_key(name))
-            elif problem["type"] == "missing" and name in RunConfig.model_fields:
-                hints.append(
-                    "three settings are enough: -m MODEL -d DATA -o OUTPUT, or a YAML file with them"
-                )
-        details = list(dict.fromkeys(details))
-        if len(details) == 1:
-            raise UserError(details[0], hint=next(iter(filter(None, hints)), None)) from None
-        raise UserError(
-            "the settings do not fit", details=details, hint=next(iter(filter(None, hints)), None)
-        ) from None
-
-
-def setting_of(problem: Any) -> str:
-    """The dotted name a pydantic problem is about, without the indices and union arms of its location."""
-    location = [str(part) for part in problem["loc"]]
-    if problem["type"] == "extra_forbidden":
-        return ".".join(location)
-    known = flatten_names(RunConfig)
-    names = [".".join(location[: end + 1]) for end in range(len(location))]
-    return next((name for name in reversed(names) if name in known), "settings")
-
-
-def say(problem: Any, name: str) -> str:
-    """One pydantic problem in the user's words."""
-    match problem["type"]:
-        case "extra_forbidden":
-            return f"unknown key {name}"
-        case "missing":
-            return f"{name} is not set"
-        case "value_error":
-            return (
-                f"{name}: {problem['ctx']['error']}" if name != "settings" else str(problem["ctx"]["error"])
-            )
-        case _:
-            return f"{name} is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
-
-
-def did_you_mean_key(name: str) -> str | None:
-    """The nearest key in the same section, the same key in another, or what other tools call so."""
-    parent, _, last = name.rpartition(".")
-    names = flatten_names(RunConfig)
-    section = {key.rpartition(".")[2]: key for key in names if key.rpartition(".")[0] == parent}
-    found = [section[word] for word in difflib.get_close_matches(last, section, n=2, cutoff=0.75)]
-    found += [key for key in names if key.rpartition(".")[2] == last]
-    found += [ELSEWHERE[last]] if last in ELSEWHERE else []
-    if found:
-        return "did you mean " + " or ".join(dict.fromkeys(found)) + "?"
-    return did_you_mean(last, section)
+        raise in_words(error, flatten_names(RunConfig), file=file, lines=lines) from None
 
 
 def flatten_names(section: type[BaseModel], prefix: str = "") -> dict[str, Any]:
@@ -454,9 +388,9 @@ def to_yaml(config: RunConfig, origins: Mapping[str, str] | None = None) -> str:
 def yaml_text(value: Any) -> str:
     """A value or a mapping's key as YAML writes it on one line, quoted where it must be."""
     whole: dict[str, Any] = {"default_flow_style": True, "width": math.inf}
-    text = yaml.safe_dump(value, allow_unicode=True, **whole).removesuffix("...\n").strip()
+    text = yaml.safe_dump(value, allow_unicode=True, **whole).removesuffix("...\n").strip(" \n")
     if len(text.splitlines()) > 1:  # line breaks inside: only in double quotes they are written as \\n
-        text = yaml.safe_dump(value, default_style='"', **whole).strip()
+        text = yaml.safe_dump(value, default_style='"', **whole).strip(" \n")
     return text
 
 
