@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import digest, stir
 from tiny_models import causal
 from tiny_run import adapter_bytes, make_data, make_model, make_shop, run_tiny, settings
@@ -24,6 +25,7 @@ from loraloom import api, methods
 from loraloom.adapt import Adapters
 from loraloom.adapter import AdapterSpec
 from loraloom.adapter_io import load_adapter
+from loraloom.checkpoint import Progress
 from loraloom.config import TrainConfig
 from loraloom.data import Example, Examples
 from loraloom.errors import Failure, NonFinite
@@ -31,8 +33,9 @@ from loraloom.methods.lora import LoRA
 from loraloom.model import load_model
 from loraloom.optim import make_optimizer, rate_factor, set_rates, warmup_steps
 from loraloom.packing import Batch, pack
+from loraloom.rundir import Run
 from loraloom.train import StepStats, check_gradients, train_step
-from loraloom.workshop import checkpoint_layers
+from loraloom.workshop import build, checkpoint_layers
 
 pytestmark = pytest.mark.usefixtures("quick")
 EXACT = {"rtol": 1e-10, "atol": 1e-14}  # float64 sums in another order
@@ -536,3 +539,45 @@ def test_examples_are_what_the_workshop_trains_on(model_folder: Path, data_file:
     assert len(shop.train) == 20
     assert len(shop.eval) == 4
     assert shop.decided.keys() == {"train.micro_tokens"}
+
+
+def test_weights_that_diverged_are_never_kept_as_good(
+    model_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    """Without a held-out set nothing but the next step can tell: its checkpoint is set aside, and its adapter goes."""
+    wild = {"train__optimizer": "sgd", "train__learning_rate": 1e30, "train__max_grad_norm": None}
+    wild |= {"train__schedule": "constant", "train__warmup": 0, "train__save_every": 1, "data__eval": 0}
+    with pytest.raises(NonFinite, match="step 2") as caught:
+        run_tiny(model_folder, data_file, tmp_path / "run", **wild)
+    assert not caught.value.weights_good
+    assert "diverged" in caught.value.details[0]
+    run = Run.open(tmp_path / "run")
+    assert run.state["status"] == "failed"
+    assert run.checkpoints() == []
+    assert not run.adapter_path.exists()
+    assert (run.path / "diverged" / "state.safetensors").is_file()
+
+
+def test_the_last_good_adapter_comes_back(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    steady = {"train__max_steps": 3, "train__save_every": 1, "data__eval": 0}
+    run = run_tiny(model_folder, data_file, tmp_path / "run", **steady)
+    kept = (run.checkpoints()[-2][1] / "adapter_model.safetensors").read_bytes()
+    assert (run.adapter_path / "adapter_model.safetensors").read_bytes() != kept
+    shop = build(run.config, offline=True, progress=False)
+    said = api.last_good(shop, run, Progress(step=3))
+    assert "the state of step 2" in said
+    assert (run.adapter_path / "adapter_model.safetensors").read_bytes() == kept
+
+
+def test_a_held_out_loss_that_breaks_leaves_the_best_adapter(
+    model_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    wild = {"train__optimizer": "sgd", "train__learning_rate": 1e30, "train__max_grad_norm": None}
+    wild |= {"train__schedule": "constant", "train__warmup": 0, "train__save_every": 1, "eval__every": 1}
+    with pytest.raises(NonFinite):
+        run_tiny(model_folder, data_file, tmp_path / "run", **wild)
+    run = Run.open(tmp_path / "run")
+    assert run.state["best"]["step"] == 0
+    assert run.checkpoints() == []
+    tensors = load_file(run.adapter_path / "adapter_model.safetensors")
+    assert all(float(tensor.abs().max()) < 10 for tensor in tensors.values())

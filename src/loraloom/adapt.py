@@ -156,7 +156,8 @@ class Adapters:
             ]
             names = [n for n in names if any(True for _ in self.model.get_submodule(n).parameters())]
             if not names:
-                leaves = {n.rpartition(".")[2] for n, _ in self.model.named_modules() if n}
+                full = {n.rpartition(".")[0] for n, _ in self.model.named_parameters()}
+                leaves = sorted({n.rpartition(".")[2] for n in full if n})
                 raise UserError(
                     f"modules_to_save: {entry!r} is no module with weights", hint=did_you_mean(entry, leaves)
                 )

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from . import card, finish
-from .checkpoint import Progress, clear, restore, save_best, save_checkpoint
+from .checkpoint import Progress, clear, discard_diverged, restore, save_best, save_checkpoint
 from .config import RunConfig, flatten, resolve
 from .data import Examples
 from .data import cache as store
@@ -156,7 +156,9 @@ def told(shop: Workshop, run: Run, progress: Progress, end: Callable[[str, str],
     try:
         yield
     except NonFinite as error:
-        error.details.append(keep_state(shop, run, progress))
+        error.details.append(
+            keep_state(shop, run, progress) if error.weights_good else last_good(shop, run, progress)
+        )
         end("failed", error.message)
         raise
     except torch.OutOfMemoryError as error:
@@ -180,6 +182,15 @@ def told(shop: Workshop, run: Run, progress: Progress, end: Callable[[str, str],
 def is_saved(run: Run, progress: Progress) -> bool:
     latest = run.latest()
     return latest is not None and latest[0] == progress.step
+
+
+def last_good(shop: Workshop, run: Run, progress: Progress) -> str:
+    """What is left when the weights themselves have diverged: nothing of them is kept as good."""
+    discard_diverged(shop, run, progress)
+    latest, best = run.latest(), run.state.get("best")
+    kept = [f"the state of step {latest[0]} in {latest[1]}"] if latest else []
+    kept += [f"the adapter of step {best['step']} in {run.adapter_path}"] if best else []
+    return "kept: " + ", ".join(kept) if kept else "nothing was kept: it diverged before the first checkpoint"
 
 
 def keep_state(shop: Workshop, run: Run, progress: Progress) -> str:

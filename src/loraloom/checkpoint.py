@@ -9,6 +9,7 @@ adapter/                   the best adapter so far, with the tokenizer: what eve
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -74,6 +75,25 @@ def clear(run: Run) -> None:
     run.checkpoints()  # completes the exchanges that can be
     for left in list(run.path.rglob(files.PARTIAL + "*")):
         shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+def discard_diverged(shop: Workshop, run: Run, progress: Progress) -> None:
+    """Set aside a checkpoint of weights that turned out to have diverged; the one before it is the last good one.
+
+    Where no held-out loss chose the adapter, the run's adapter goes back to that one too, or goes.
+    """
+    for step, path in run.checkpoints():
+        if step == progress.step:
+            aside = run.path / "diverged"
+            if aside.is_dir():
+                files.remove_folder(aside)
+            os.rename(path, aside)
+    if not shop.evaluates and (run.path / "diverged").is_dir():
+        if run.adapter_path.is_dir():
+            files.remove_folder(run.adapter_path)
+        latest = run.latest()
+        if latest is not None:
+            save_best(shop, run, restore(shop, latest[1]))
 
 
 def save_best(shop: Workshop, run: Run, progress: Progress) -> None:

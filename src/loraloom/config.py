@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .config_errors import in_words
 from .errors import UserError
@@ -183,6 +183,14 @@ class RunConfig(Section):
     modules_to_save: list[str] = Field([], description="modules trained whole, such as a new head")
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def layers_as_text(cls, value: Any) -> Any:
+        """`layers: 1` and `layers: [0, 1]` mean the same as text."""
+        if isinstance(value, list):
+            return ",".join(map(str, value))
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def alpha_is_a_number_or_multiple(self) -> RunConfig:

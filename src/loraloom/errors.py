@@ -52,9 +52,13 @@ class OutOfMemory(UserError):
 
 
 class NonFinite(UserError):
-    """A loss, a gradient or a weight stopped being a finite number (exit code 5)."""
+    """A loss, a gradient or a weight stopped being a finite number (exit code 5).
+
+    weights_good  whether the adapter still computes: some rows had a finite loss, so a row is to blame
+    """
 
     exit_code = 5
+    weights_good = False
 
 
 INTERRUPTED = 130  # the exit code after Ctrl-C, with the state saved

@@ -55,7 +55,10 @@ def check_stops(run: Run) -> None:
     last = [sample for sample in samples if sample["step"] == samples[-1]["step"]]
     if last:
         stopped = sum(sample["stopped"] for sample in last)
-        run.add_check("answers stop", stopped == len(last), f"{stopped} of {len(last)} sampled answers ended")
+        within = f"within {run.config.eval.max_new_tokens} tokens"
+        run.add_check(
+            "answers stop", stopped == len(last), f"{stopped} of {len(last)} sampled answers ended {within}"
+        )
 
 
 def check_file(shop: Workshop, run: Run, progress: Progress) -> None:

@@ -78,6 +78,7 @@ def held_out(
         raise NonFinite(
             f"the loss of {len(broken)} held-out examples is not a finite number",
             details=[examples[i].row for i in broken[:10]],
+            hint="look at these rows; if all are broken, train a new run with a lower train.learning_rate",
         )
     return Loss(
         float(nats.sum()), int(targets.sum()), list(zip(nats.tolist(), targets.tolist(), strict=True))

@@ -48,6 +48,10 @@ def from_folder(factory: Any, folder: Path, **options: Any) -> Any:
         if "allocate memory" in str(error):
             raise OutOfMemory(f"the machine's memory is too small for {folder}", details=lines[:1]) from error
         remote = "trust_remote_code" in str(error)
+        if "scaled_dot_product_attention" in str(error):
+            raise UserError(
+                f"transformers has no sdpa attention for {folder}", hint="--set model.attention=eager"
+            ) from error
         raise UserError(
             f"transformers cannot load {folder}",
             details=lines[:6],

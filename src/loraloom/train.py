@@ -86,11 +86,7 @@ def train_step(
     stats = StepStats(loss.item(), grad_norm.item(), targets, tokens)  # the one host sync of the step
     if not (math.isfinite(stats.loss) and math.isfinite(stats.grad_norm)):
         optimizer.zero_grad(set_to_none=True)
-        raise NonFinite(
-            f"step {step + 1}: loss {stats.loss:.4g}, gradient norm {stats.grad_norm:.4g}",
-            details=broken_rows(model, adapters, batches, step),
-            hint="look at these rows, lower train.learning_rate, or use model.dtype=float32",
-        )
+        raise broken_step(model, adapters, batches, step, stats)
     if inspect is not None:
         inspect()
 
@@ -110,9 +106,30 @@ def active(adapters: Adapters) -> list[Any]:
     return [adapters.adapters[name] for name in adapters.active]
 
 
+def broken_step(
+    model: nn.Module, adapters: Adapters, batches: Sequence[Batch], step: int, stats: StepStats
+) -> NonFinite:
+    """The error for a step that is not finite: which rows, and whether the rows or the weights are to blame."""
+    bad = broken_rows(model, adapters, batches, step)
+    rows = [row for batch in batches for row in batch.rows]
+    if not bad:
+        details = [f"every row's loss is finite, the gradient is not; the step held {', '.join(rows[:20])}"]
+    elif len(bad) == len(rows):
+        details = [f"the loss of all {len(rows)} rows of the step is not finite: training has diverged"]
+    else:
+        details = [f"{row}: its loss is not finite" for row in bad[:20]]
+    error = NonFinite(
+        f"step {step + 1}: loss {stats.loss:.4g}, gradient norm {stats.grad_norm:.4g}",
+        details=details,
+        hint="look at these rows; or train a new run with a lower train.learning_rate, or model.dtype=float32",
+    )
+    error.weights_good = len(bad) < len(rows)
+    return error
+
+
 @torch.no_grad()
 def broken_rows(model: nn.Module, adapters: Adapters, batches: Sequence[Batch], step: int) -> list[str]:
-    """The rows whose loss is not finite; if each one's is, all rows of the step: its gradient overflowed.
+    """The rows whose loss is not finite.
 
     Each is tried alone: in a packed row, 0 * NaN in the attention breaks its neighbours too.
     """
@@ -123,11 +140,8 @@ def broken_rows(model: nn.Module, adapters: Adapters, batches: Sequence[Batch], 
             with adapters.batch(step=step, token_BT=one.token):
                 finite = bool(token_nll(model, one)[0].isfinite().all())
             if not finite:
-                bad.append(f"{row}: its loss is not finite")
-    if bad:
-        return bad[:20]
-    rows = [row for batch in batches for row in batch.rows]
-    return [f"every row's loss is finite, the gradient is not; the step held {', '.join(rows[:20])}"]
+                bad.append(row)
+    return bad
 
 
 def members(batch: Batch) -> Iterator[tuple[str, Batch]]:

@@ -117,6 +117,11 @@ def build(
         refuse_leaks(loaded)
     adapters = Adapters(loaded.model)
     adapter = adapters.add("default", spec_of(config))
+    if config.bias != "none" and not any(name.endswith("bias") for name, _ in adapters.overlaid("default")):
+        raise UserError(
+            f"bias is {config.bias}, and there is no bias to train in this {type(loaded.model).__name__}",
+            hint="--set bias=none",
+        )
     adapters.train()
     if config.train.gradient_checkpointing:
         checkpoint_layers(loaded.model)

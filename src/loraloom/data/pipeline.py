@@ -149,13 +149,16 @@ def select(
     )
     train = without_leaks(train, held, issues)
     if not train:
-        check_lost(config, issues, read, 0)
+        check_lost(config, issues, read, 0, model_max_length, documents=False)
         raise empty(issues, read)
     lengths = [len(draft.ids) for draft in train]
     max_length, origin = choose_max_length(config, lengths, model_max_length)
     prefix = len(first_tokens(tokenizer))
-    train, held = (limit_length(side, config, max_length, prefix, issues) for side in (train, held))
-    check_lost(config, issues, read, max(lengths))
+    train, held = (
+        limit_length(side, config, max_length, prefix, issues, model_max_length) for side in (train, held)
+    )
+    documents = all(draft.document for draft in drafts)
+    check_lost(config, issues, read, max(lengths), model_max_length, documents)
     if not train:
         raise empty(issues, read)
     kept = Counter(draft.source for draft in (*train, *held) if draft.first)

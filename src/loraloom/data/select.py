@@ -56,7 +56,12 @@ def choose_max_length(config: DataConfig, lengths: Sequence[int], model_max_leng
 
 
 def limit_length(
-    drafts: Sequence[Draft], config: DataConfig, max_length: int, prefix: int, issues: list[Issue]
+    drafts: Sequence[Draft],
+    config: DataConfig,
+    max_length: int,
+    prefix: int,
+    issues: list[Issue],
+    model_max_length: int,
 ) -> list[Draft]:
     """Drop, cut, split or refuse what is over `max_length`; drop what then has nothing to train on.
 
@@ -72,7 +77,7 @@ def limit_length(
         raise DataError(
             f"{rows(len(refused))} over max_length {max_length:,}{why}",
             details=first([f"{draft.row}: {len(draft.ids):,} tokens" for draft in refused]),
-            hint=f"--set data.max_length={most} or more, or --set data.too_long=drop or truncate",
+            hint=f"{longer(most, model_max_length)}; or --set data.too_long=drop or truncate",
         )
     kept = []
     for draft in drafts:
@@ -122,7 +127,21 @@ def split(draft: Draft, max_length: int, prefix: int) -> list[Draft]:
     return parts
 
 
-def check_lost(config: DataConfig, issues: Sequence[Issue], read: int, longest: int) -> None:
+def longer(longest: int, model_max_length: int) -> str:
+    """How to keep the longest row whole, if the model can take it."""
+    if longest <= model_max_length:
+        return f"--set data.max_length={longest} keeps the longest whole"
+    return f"the longest has {longest:,} tokens and the model takes {model_max_length:,}"
+
+
+def check_lost(
+    config: DataConfig,
+    issues: Sequence[Issue],
+    read: int,
+    longest: int,
+    model_max_length: int,
+    documents: bool,
+) -> None:
     """Stop if more rows are dropped or cut than data.max_lost allows.
 
     raises  DataError with the counts and the two ways out
@@ -133,9 +152,9 @@ def check_lost(config: DataConfig, issues: Sequence[Issue], read: int, longest: 
     share = len(lost) / read
     problems = [problem for problem in gather(issues) if problem.kind in LOST]
     long = any(problem.kind in ("too long", "cut", "nothing to train on") for problem in problems)
-    mend = f"--set data.max_length={longest} keeps the longest whole" if long else "put the rows right"
-    if long and any(issue.kind == "too long" for issue in issues):
-        mend += " (plain text can be split: --set data.too_long=split)"
+    mend = longer(longest, model_max_length) if long else "put the rows right"
+    if long and documents:
+        mend = "plain text can be split: --set data.too_long=split"
     raise DataError(
         f"{share:.1%} of the rows ({len(lost):,} of {read:,}) would be dropped or cut; "
         f"data.max_lost allows {config.max_lost:.1%}",
