@@ -169,7 +169,7 @@ def test_a_checkpoint_is_an_adapter_folder_that_opens_by_itself(
     from_run, from_checkpoint = open_target(run.path, offline=True), open_target(latest[1], offline=True)
     assert from_checkpoint.style == from_run.style
     assert from_checkpoint.style.name == "plain"
-    ids = torch.arange(5, 25)[None]
+    ids = torch.arange(5, 25, device=from_run.loaded.device)[None]
     with torch.no_grad():
         assert (
             torch.equal(

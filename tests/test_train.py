@@ -28,7 +28,7 @@ from loraloom.adapter_io import load_adapter
 from loraloom.checkpoint import Progress
 from loraloom.config import TrainConfig
 from loraloom.data import Example, Examples
-from loraloom.errors import Failure, NonFinite
+from loraloom.errors import DataError, Failure, NonFinite, UserError
 from loraloom.methods.lora import LoRA
 from loraloom.model import load_model
 from loraloom.optim import make_optimizer, rate_factor, set_rates, warmup_steps
@@ -581,3 +581,13 @@ def test_a_held_out_loss_that_breaks_leaves_the_best_adapter(
     assert run.checkpoints() == []
     tensors = load_file(run.adapter_path / "adapter_model.safetensors")
     assert all(float(tensor.abs().max()) < 10 for tensor in tensors.values())
+
+
+def test_a_wrong_path_or_method_is_said_before_the_model_is_loaded(
+    model_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loraloom.workshop.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    with pytest.raises(DataError, match="missing.jsonl"):
+        run_tiny(model_folder, tmp_path / "missing.jsonl", tmp_path / "run")
+    with pytest.raises(UserError, match="no method 'lorra'"):
+        run_tiny(model_folder, data_file, tmp_path / "run", method="lorra")

@@ -84,6 +84,6 @@ def stir(adapters: Any, *names: str, seed: int = 9, size: float = 0.1) -> None:
 def digest(model: torch.nn.Module) -> dict[str, bytes]:
     """The bits of every tensor of a model."""
     return {
-        name: tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+        name: tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
         for name, tensor in model.state_dict().items()
     }

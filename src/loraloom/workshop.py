@@ -16,7 +16,7 @@ import torch
 from .adapt import Adapters
 from .adapter import AdapterSpec
 from .config import RunConfig, with_values
-from .data import Examples, Prepared, Style, prepare
+from .data import Examples, Prepared, Style, check_sources, prepare
 from .errors import DataError, UserError
 from .files import digest
 from .generate import context_length
@@ -102,6 +102,8 @@ def build(
 
     raises  UserError, DataError: whatever of the settings, the data or the model does not fit
     """
+    check_sources(config.data)  # a wrong path or method is said before a large model is loaded
+    spec_of(config).make()
     loaded = load_model(config.model, offline=offline, progress=progress)
     prepared = prepare(
         config.data,

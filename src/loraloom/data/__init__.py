@@ -10,7 +10,7 @@ a conversation), `template` (what is written for the model), `tokens` (ids and a
 
 from .display import preview, show
 from .examples import IGNORED, Example, Examples
-from .pipeline import Prepared, prepare
+from .pipeline import Prepared, check_sources, prepare
 from .report import DataReport, Issue, Problem, SourceReport, length_histogram
 from .template import Style, resolve_style
 from .tokens import end_tokens, render_prompt
@@ -27,6 +27,7 @@ __all__ = [
     "SourceReport",
     "Style",
     "Turn",
+    "check_sources",
     "end_tokens",
     "length_histogram",
     "prepare",

@@ -16,9 +16,10 @@ from ..config import DataConfig
 from ..errors import DataError
 from . import cache as store
 from .examples import Draft, Examples
+from .read import locate
 from .report import DataReport, Issue, gather, statistics
 from .select import check_lost, choose_max_length, deduplicate, limit_length, set_aside, without_leaks
-from .sources import ReadSource, fingerprint, read_all, sources_of
+from .sources import ReadSource, fingerprint, is_hub, read_all, sources_of
 from .template import Style, Writer, resolve_style
 from .tokens import Encoded, encode_scripts, first_tokens
 from .turns import Conversation, Dropped
@@ -33,6 +34,16 @@ class Prepared:
     train: Examples
     eval: Examples
     report: DataReport
+
+
+def check_sources(config: DataConfig) -> None:
+    """Look whether every local file is there and can be read, before anything expensive is done.
+
+    raises  DataError if one cannot
+    """
+    for place in sources_of(config):
+        if not is_hub(place.source):
+            locate(place.source.path)
 
 
 def prepare(
