@@ -587,7 +587,7 @@ def test_a_wrong_path_or_method_is_said_before_the_model_is_loaded(
     model_folder: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("loraloom.workshop.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
-    with pytest.raises(DataError, match="missing.jsonl"):
+    with pytest.raises(DataError, match=r"missing\.jsonl"):
         run_tiny(model_folder, tmp_path / "missing.jsonl", tmp_path / "run")
     with pytest.raises(UserError, match="no method 'lorra'"):
         run_tiny(model_folder, data_file, tmp_path / "run", method="lorra")
