@@ -129,7 +129,7 @@ def summary(shop: Workshop) -> dict[str, Any]:
                 norms["norm_delta"] = product_norm(pair(site.layer, site.p))
             layers.append(
                 {"name": key, "r": site.method.r, "alpha": site.method.alpha, **norms}
-                | {"norm_W": float(site.layer.weight().float().norm())}
+                | {"norm_W": shop.base_norms[key]}
             )
     return {"layers": layers}
 

@@ -116,6 +116,7 @@ def facts(shop: Any) -> list[tuple[str, str]]:
             f"{len(shop.plan)} steps, {train.optimizer} {train.learning_rate:g}, {train.schedule}",
         ),
         ("base", "its own dropout is off; every weight of it is frozen"),
+        *(("note", text) for text in shop.loaded.notes),
     ]
 
 

@@ -60,6 +60,16 @@ class Loaded:
     source: Resolved
     notes: list[str] = field(default_factory=list)  # what the user should know about this checkpoint
 
+    @property
+    def pad_id(self) -> int:
+        """The id to fill rows with."""
+        return pad_id(self.tokenizer)
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Every token that ends an answer."""
+        return stop_ids(self.model, self.tokenizer)
+
 
 def load_model(
     config: ModelConfig,

@@ -140,10 +140,6 @@ class Run:
         """Set fields of run.json, which is replaced whole."""
         write_json(self.path / STATE, self.state | fields)
 
-    def update_env(self, **fields: Any) -> None:
-        """Set fields of env.json, which is replaced whole."""
-        write_json(self.path / "env.json", self.env | fields)
-
     def log(self, record: Mapping[str, Any]) -> None:
         """Append a record to metrics.jsonl."""
         self._append(METRICS, record)

@@ -24,7 +24,7 @@ from .errors import DataError, UserError, nearest
 from .evaluate import evaluate_run
 from .files import write_json
 from .generate import context_length
-from .model import Loaded, load_model, pad_id, stop_ids, write_model
+from .model import Loaded, load_model, write_model
 from .model_files import read_config as read_settings
 from .peft_config import CONFIG, read_config
 from .rundir import STATE, Run, find_runs
@@ -180,8 +180,8 @@ def evaluate(
         opened.tokenizer,
         opened.adapters,
         examples,
-        pad_id=pad_id(opened.tokenizer),
-        stop_ids=stop_ids(opened.model, opened.tokenizer),
+        pad_id=opened.loaded.pad_id,
+        stop_ids=opened.loaded.stop_ids,
         style=opened.style.name,
         num_answers=num_answers,
         max_new_tokens=max_new_tokens,
@@ -202,8 +202,8 @@ def converse(opened: Opened, **settings: Any) -> Conversation:
         opened.adapters,
         opened.style,
         render=render_prompt,
-        stop_ids=stop_ids(opened.model, opened.tokenizer),
-        pad_id=pad_id(opened.tokenizer),
+        stop_ids=opened.loaded.stop_ids,
+        pad_id=opened.loaded.pad_id,
         **settings,
     )
 

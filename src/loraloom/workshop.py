@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from .data import Examples, Prepared, Style, check_sources, prepare
 from .errors import DataError, UserError
 from .files import digest
 from .generate import context_length
-from .model import Loaded, load_model, pad_id, stop_ids
+from .model import Loaded, load_model
 from .nll import honours_boundaries
 from .optim import make_optimizer
 from .packing import StepPlan
@@ -81,11 +82,17 @@ class Workshop:
 
     @property
     def pad_id(self) -> int:
-        return pad_id(self.tokenizer)
+        return self.loaded.pad_id
 
     @property
     def stop_ids(self) -> Sequence[int]:
-        return stop_ids(self.model, self.tokenizer)
+        return self.loaded.stop_ids
+
+    @cached_property
+    def base_norms(self) -> dict[str, float]:
+        """||W|| of each adapted layer by its key: the base is frozen, so once is enough."""
+        adapter = next(iter(self.adapters.adapters.values()))
+        return {key: float(site.layer.weight().float().norm()) for key, site in adapter.sites.items()}
 
     def data_digest(self) -> str:
         """Of every token and label, trained on or held out: a resumed run must see the same."""
