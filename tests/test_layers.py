@@ -17,14 +17,14 @@ MOST_FUNCTION = 66  # lines of a function, its docstring included: the training 
 
 # Each line may import from the lines above it; within a line only what stands to the left.
 LAYERS = [
-    ["errors", "files", "config_errors", "config", "wording", "environment", "noise"],
+    ["errors", "files", "config_errors", "config", "wording", "environment", "noise", "progress"],
     ["kernels"],
-    ["layers", "fused", "packing", "optim", "nll", "data"],
+    ["quant", "layers", "fused", "packing", "paging", "optim8", "optim", "nll", "data"],
     ["methods"],
     ["targets", "flow", "bank", "overlay", "forwards", "merging", "adapter", "adapt"],
     ["peft_config", "peft_format", "adapter_io"],
     ["model_files", "shards", "gguf_model", "gguf_tokenizer", "pretrained", "convert_sources", "convert"],
-    ["small_model", "hub", "model", "facts", "doctor"],
+    ["small_model", "hub", "on_load", "incoming", "bnb_format", "model", "facts", "doctor"],
     ["generate", "heldout", "rundir", "conversation"],
     ["workshop", "samples", "checkpoint", "train"],
     ["results", "figures", "curves", "verdict", "card", "sections", "report"],
@@ -38,7 +38,7 @@ PACKAGES = {
 }  # folders; inside them files import each other as they like, without circles
 
 DOORS = {
-    "transformers": {"pretrained", "convert_sources", "model"},
+    "transformers": {"pretrained", "convert_sources", "on_load", "model"},
     "tokenizers": {"gguf_tokenizer"},
     "gguf": {"gguf_model"},
     "datasets": {"data"},

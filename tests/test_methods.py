@@ -24,6 +24,7 @@ from loraloom.adapter_io import load_adapter, save_adapter
 from loraloom.errors import UserError
 from loraloom.layers import EmbeddingLayer, view
 from loraloom.methods.base import Site
+from loraloom.quant import dense, quantized
 
 METHODS = methods.names()
 EXEMPT: dict[tuple[str, str], str] = {}  # (method, invariant) -> why it does not hold
@@ -55,6 +56,11 @@ def conv1d() -> nn.Module:
     return module
 
 
+def in_4_bits(module: nn.Module, **settings) -> nn.Module:
+    module.weight = quantized(module.weight, flipped=isinstance(module, Conv1D), **settings)
+    return module
+
+
 def conv2d(**settings) -> Case:
     return Case(lambda: nn.Conv2d(3, 4, (3, 2), **settings), normal(2, 3, 7, 6))
 
@@ -81,6 +87,12 @@ CASES = {
     "conv2d-unbatched": Case(lambda: nn.Conv2d(3, 4, 3), normal(3, 6, 6)),
     "roles-of-conv1d": Case(lambda: Fused(Conv1D(18, 6)), normal(2, 4, 6), ("q", "v"), 2),
     "one-role": Case(lambda: Fused(Conv1D(18, 6)), normal(2, 4, 6), ("k",), 1),
+    "linear-nf4": Case(lambda: in_4_bits(nn.Linear(5, 7)), normal(2, 4, 5)),
+    "linear-fp4-without-bias": Case(
+        lambda: in_4_bits(nn.Linear(70, 3, bias=False), table="fp4", double=False), normal(6, 70)
+    ),
+    "conv1d-nf4": Case(lambda: in_4_bits(conv1d(), block=32), normal(2, 4, 5)),
+    "roles-of-conv1d-nf4": Case(lambda: Fused(in_4_bits(Conv1D(18, 6))), normal(2, 4, 6), ("q", "v"), 2),
 }
 
 
@@ -152,16 +164,22 @@ def x_of(case: Case) -> torch.Tensor:
 
 def moved(host: Host, adapters: Adapters) -> nn.Module:
     """The layer itself with W + delta in its weight: the dense truth."""
-    dense = copy.deepcopy(host.module)
-    dense.__dict__.pop("forward", None)
+    own = host.module.weight.dtype
+    return widened(host, adapters, own)
+
+
+def widened(host: Host, adapters: Adapters, dtype: torch.dtype) -> nn.Module:
+    truth = copy.deepcopy(host.module)
+    truth.__dict__.pop("forward", None)
+    truth.weight = nn.Parameter(dense(truth.weight).clone())  # of a 4-bit weight, the numbers it stands for
+    truth.to(dtype)
     with torch.no_grad():
         for site in adapters.adapters["default"].sites.values():
-            delta_OI = site.method.delta(site.layer, site.p)
             rows = slice(None) if site.layer.rows is None else site.layer.rows
-            flat = view(dense, "dense").matrix(dense.weight)
-            flat[rows] += delta_OI
-            dense.weight.copy_(view(dense, "dense").like_weight(flat))
-    return dense
+            flat = view(truth, "truth").matrix(truth.weight)
+            flat[rows] += site.method.delta(site.layer, site.p).to(dtype)
+            truth.weight.copy_(view(truth, "truth").like_weight(flat))
+    return truth
 
 
 def holds(method: str, invariant: str) -> None:
@@ -368,16 +386,7 @@ def test_a_bfloat16_base_keeps_float32_masters(method, case):
 
 def moved_in_float64(host: Host, adapters: Adapters) -> nn.Module:
     """The dense truth of a bfloat16 host: every tensor widened first."""
-    wide = copy.deepcopy(host.module)
-    wide.__dict__.pop("forward", None)
-    wide.double()
-    with torch.no_grad():
-        for site in adapters.adapters["default"].sites.values():
-            rows = slice(None) if site.layer.rows is None else site.layer.rows
-            flat = view(wide, "wide").matrix(wide.weight)
-            flat[rows] += site.method.delta(site.layer, site.p).double()
-            wide.weight.copy_(view(wide, "wide").like_weight(flat))
-    return wide
+    return widened(host, adapters, torch.float64)
 
 
 def test_a_view_of_some_rows_is_that_part_of_the_layer():

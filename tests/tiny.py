@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import transformers as tf
 
+from loraloom.quant import Weight4
+
 VOCAB = 50
 WIDTH, HEADS, LAYERS = 16, 4, 2
 PLAIN = {"vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
@@ -83,7 +85,9 @@ def stir(adapters: Any, *names: str, seed: int = 9, size: float = 0.1) -> None:
 
 def digest(model: torch.nn.Module) -> dict[str, bytes]:
     """The bits of every tensor of a model."""
-    return {
-        name: tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-        for name, tensor in model.state_dict().items()
-    }
+    bits = {}
+    for name, tensor in model.state_dict().items():
+        parts = tensor.codes.tensors() if isinstance(tensor, Weight4) else [tensor]
+        flat = [part.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for part in parts]
+        bits[name] = torch.cat(flat).numpy().tobytes()
+    return bits

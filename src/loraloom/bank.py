@@ -245,12 +245,13 @@ class Bank:
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """W0 plus the active adapters' deltas, in the module's own layout: summed in float32, rounded once."""
-        w = self.layer.whole_weight()
-        total = self.layer.matrix(w).to(torch.promote_types(w.dtype, torch.float32)).clone()
+        own = self.module.weight.dtype  # type: ignore[union-attr]
+        assert isinstance(own, torch.dtype)
+        total = self.layer.matrix(self.layer.whole_weight(torch.promote_types(own, torch.float32))).clone()
         for name in self.flow.active:
             for site in self.sites.get(name, ()):
                 total += site.layer.spread(site.method.delta(site.layer, site.p).detach().to(total))
-        return self.layer.like_weight(total).to(w.dtype).contiguous()
+        return self.layer.like_weight(total).to(own).contiguous()
 
 
 def wide_segment(parts: list[tuple[int, Site, Pair]], many: bool) -> Segment:

@@ -44,6 +44,15 @@ class ModelConfig(Section):
     allow_pickle: bool = Field(
         False, description="read .bin weights, which can run code when loaded; safetensors cannot"
     )
+    quantize: Literal["none", "nf4", "fp4", "e2m1"] = Field(
+        "none",
+        description="keep the linear layers in 4 bits: nf4 (QLoRA), fp4 (bitsandbytes' table) or e2m1 (the OCP "
+        "format); embeddings, head and norms stay as dtype says",
+    )
+    double_quant: bool = Field(True, description="keep the scales of 4-bit blocks in 8 bits")
+    quant_block: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = Field(
+        64, description="weights that share a scale in 4 bits"
+    )
 
 
 class Source(Section):
@@ -117,10 +126,17 @@ class TrainConfig(Section):
     batch_tokens: Positive | None = Field(
         None, description="tokens per optimizer step, instead of batch_size"
     )
-    micro_tokens: Positive | Auto = Field(
-        "auto", description="tokens per forward pass; changes memory and speed, not the result"
+    micro_tokens: Positive | Literal["auto", "fit"] = Field(
+        "auto",
+        description="tokens per forward pass; changes memory and speed, not the result; fit: the most that "
+        "`loraloom plan` says the GPU holds",
     )
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="of torch.optim")
+    optimizer: Literal["adamw", "adamw8bit", "sgd"] = Field(
+        "adamw", description="adamw8bit keeps AdamW's moments in 8 bits"
+    )
+    paged: bool = Field(
+        False, description="keep AdamW's moments in the host's memory and copy them to the GPU piece by piece"
+    )
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="on matrices, not on vectors")
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="of AdamW")
     momentum: Fraction = Field(0.9, description="of SGD")

@@ -100,7 +100,7 @@ def facts(shop: Any) -> list[tuple[str, str]]:
     batch = f"{train.batch_tokens} tokens" if train.batch_tokens else f"{train.batch_size} examples"
     return [
         ("model", f"{config.model.id}  on {shop.loaded.device}, {shop.loaded.reason}"),
-        ("kernels", "torch definitions: there are no others for this device yet"),
+        ("kernels", shop.kernels),
         (
             "data",
             f"{report.train:,} examples, {report.eval:,} held out; {report.target_share:.1%} of tokens trained",
@@ -115,7 +115,7 @@ def facts(shop: Any) -> list[tuple[str, str]]:
             f"{batch} in passes of {train.micro_tokens} tokens{', packed' if shop.packing else ''}; "
             f"{len(shop.plan)} steps, {train.optimizer} {train.learning_rate:g}, {train.schedule}",
         ),
-        ("base", "its own dropout is off; every weight of it is frozen"),
+        ("base", f"{shop.loaded.quantised or 'dense'}; every weight is frozen, its own dropout is off"),
         *(("note", text) for text in shop.loaded.notes),
     ]
 

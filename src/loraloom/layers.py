@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import UserError
+from .quant import dense
 
 
 class Layer:
@@ -25,7 +26,8 @@ class Layer:
 
     def __init__(self, module: nn.Module, name: str, rows: Tensor | None = None) -> None:
         self.module, self.name, self.rows = module, name, rows
-        whole_O, self.in_features = self.matrix(self.whole_weight()).shape
+        layout = torch.empty(self._tensor("weight").shape, device="meta")
+        whole_O, self.in_features = self.matrix(layout).shape
         self.whole_features = whole_O  # of the module
         self.out_features = whole_O if rows is None else len(rows)  # of this view
 
@@ -43,13 +45,13 @@ class Layer:
         """A matrix (O, I) in the module's own layout: the inverse of `matrix`."""
         return w_OI
 
-    def whole_weight(self) -> Tensor:
-        """The module's weight as it is."""
-        return self._tensor("weight").detach()
+    def whole_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The module's weight, dense, in its own layout and dtype or another; 4 bits are dequantised."""
+        return dense(self._tensor("weight"), dtype)
 
-    def weight(self) -> Tensor:
-        """W of this view, (O, I), frozen, in the module's dtype."""
-        w_OI = self.matrix(self.whole_weight())
+    def weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """W of this view, (O, I), frozen, in the module's dtype or another."""
+        w_OI = self.matrix(self.whole_weight(dtype))
         return w_OI if self.rows is None else w_OI[self.rows]
 
     def bias(self) -> Tensor | None:
@@ -123,7 +125,7 @@ class Conv2dLayer(Layer):
         return w.flatten(1)
 
     def like_weight(self, w_OI: Tensor) -> Tensor:
-        return w_OI.view_as(self.whole_weight())
+        return w_OI.view(self._tensor("weight").shape)
 
     def down(self, x: Tensor, a_RI: Tensor) -> Tensor:
         m = self.module

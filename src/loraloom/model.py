@@ -21,12 +21,16 @@ from transformers import (
     PreTrainedModel,
 )
 
-from . import files
+from . import bnb_format, files
 from .config import ModelConfig
 from .errors import OutOfMemory, UserError
 from .hub import Resolved, resolve
+from .incoming import Incoming, settle
 from .model_files import find_weights, has_tokenizer, read_config
+from .on_load import passing
 from .pretrained import from_folder, pad_id, quiet, stop_ids, valid_generation, write_tokenizer
+from .progress import counted
+from .quant import Weight4, bits_per_parameter, stored_bytes
 
 __all__ = [
     "Loaded",
@@ -70,6 +74,19 @@ class Loaded:
         """Every token that ends an answer."""
         return stop_ids(self.model, self.tokenizer)
 
+    @property
+    def quantised(self) -> str | None:
+        """How the linear layers are kept, in words; None if they are dense."""
+        held = next((p.codes for p in self.model.parameters() if isinstance(p, Weight4)), None)
+        if held is None:
+            return None
+        return f"{held.table}, {bits_per_parameter(self.model):.3f} bits a weight in blocks of {held.block}"
+
+    @property
+    def bytes(self) -> int:
+        """Of all weights, as they are kept."""
+        return sum(map(stored_bytes, self.model.parameters()))
+
 
 def load_model(
     config: ModelConfig,
@@ -77,12 +94,14 @@ def load_model(
     offline: bool = False,
     task: Task = "causal",
     new_weights: Sequence[str] = (),
+    keep: Sequence[str] = (),
     progress: bool = True,
     **extra: Any,
 ) -> Loaded:
-    """Load the base that `config` names.
+    """Load the base that `config` names, weight by weight, each to its device at once, in 4 bits if asked.
 
     new_weights  starts of parameter names that a checkpoint may lack ("score", "classifier"): a new head
+    keep         ends of module names that stay in 16 bits on a 4-bit base, such as modules to train whole
     extra        goes to from_pretrained, such as num_labels
     raises       UserError with a way out, for everything that can be wrong with the model
     """
@@ -97,38 +116,81 @@ def load_model(
     )
     check_folder(source.path, allow_pickle=config.allow_pickle)
     tokenizer = load_tokenizer(source.path)
-    kind = find_weights(source.path).kind
-    with quiet():
-        model, report = from_folder(
-            CLASSES[task],
-            source.path,
-            dtype=dtype,
-            attn_implementation=config.attention,
-            use_safetensors=kind == "safetensors",
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they come back in the report, where we refuse them
-            **extra,
-        )
-    notes = check_report(source.path, report, new_weights)
-    check_vocabulary(source.path, model, tokenizer)
+    incoming = Incoming(device, keep=[*keep, *new_weights], **quantisation(config, source.path))
+    given = {"dtype": dtype, "attn_implementation": config.attention, **extra}
     try:
-        model.to(device)
+        model, report = read_weights(source.path, CLASSES[task], incoming, given, progress=progress)
+        settle(model, device)
     except torch.OutOfMemoryError as error:
-        size = sum(value.numel() * value.element_size() for value in model.parameters())
         raise OutOfMemory(
-            f"the model's weights ({size / 1e9:.1f} GB in {name_of(dtype)}) do not fit on {device}",
-            hint="use a smaller model or number format, or model.device=cpu",
+            f"the model's weights do not fit on {device}",
+            details=[f"{source.path} has {find_weights(source.path).bytes / 1e9:.1f} GB of weights on the disk"],
+            hint="use a smaller model, model.quantize=nf4, or model.device=cpu",
         ) from error
+    notes = check_report(source.path, report, new_weights) + notes_of(incoming)
+    check_vocabulary(source.path, model, tokenizer)
+    if any(isinstance(p, Weight4) and p.codes.experts for p in model.parameters()):
+        model.set_experts_implementation("eager")  # one by one: the others want all experts dense at once
     model.requires_grad_(False).eval()
     return Loaded(model, tokenizer, dtype, device, reason, source, notes)
 
 
+def read_weights(
+    folder: Path, factory: Any, take: Incoming, given: dict[str, Any], *, progress: bool
+) -> tuple[Any, dict[str, Any]]:
+    """The model with every weight of the folder's files handed to `take`, and transformers' report."""
+    about = read_config(folder)
+    weights = find_weights(folder)
+    state = bnb_format.open_state(weights.paths) if bnb_format.is_bnb4(about) else None
+    with quiet(), passing(take) as hook, counted("weights", shown=progress) as step:
+        take.on_weight = step
+        return from_folder(  # type: ignore[no-any-return]
+            factory,
+            folder,
+            state=state,
+            use_safetensors=weights.kind == "safetensors",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they come back in the report, where we refuse them
+            **given,
+            **hook,
+        )
+
+
+def quantisation(config: ModelConfig, folder: Path) -> dict[str, Any]:
+    """How the linear layers are quantised as they are read; nothing for a dense model, or one in 4 bits already.
+
+    raises  UserError if the files are in 4 bits of another kind than the settings ask for
+    """
+    held = read_config(folder).get("quantization_config") or {}
+    if not held:
+        if config.quantize == "none":
+            return {}
+        return {"table": config.quantize, "block": config.quant_block, "double": config.double_quant}
+    kind = held.get("bnb_4bit_quant_type", "fp4")
+    if config.quantize not in ("none", kind):
+        raise UserError(
+            f"{folder} is quantised to {kind} already; model.quantize={config.quantize} cannot be had from it",
+            hint="use the model in its original format, or leave model.quantize out",
+        )
+    return {}
+
+
+def notes_of(incoming: Incoming) -> list[str]:
+    """What the user should know of how weights were kept."""
+    if not incoming.experts:
+        return []
+    return [
+        f"{len(incoming.experts)} fused expert weights stay in 16 bits: this model cannot run them one by one"
+    ]
+
+
 def check_folder(folder: Path, *, allow_pickle: bool) -> None:
     """raises  UserError if the folder is no model that we may load"""
-    if quantised := read_config(folder).get("quantization_config"):
+    about = read_config(folder)
+    if (quantised := about.get("quantization_config")) and not bnb_format.is_bnb4(about):
         raise UserError(
             f"{folder} holds quantised weights ({quantised.get('quant_method')}), which are not read",
-            hint="use the model in its original format",
+            hint="use the model in its original format; bitsandbytes' 4-bit checkpoints are read",
         )
     if (folder / "adapter_config.json").is_file():
         raise UserError(

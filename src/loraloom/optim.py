@@ -1,4 +1,4 @@
-"""Optimizers of torch.optim, their groups, schedules as pure functions of the step, and their state by name.
+"""Optimizers, their groups, schedules as pure functions of the step, and their state by name.
 
     lr(step) = base * warm-up(step) * decay(step)
 
@@ -15,20 +15,45 @@ import torch
 from torch import Tensor, nn
 
 from .config import TrainConfig
+from .errors import UserError
+from .optim8 import AdamW8bit, PagedAdamW
 
 Groups = list[dict[str, Any]]
 
 
 def make_optimizer(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD with momentum over the groups; decay is put on matrices only."""
+    """The optimizer of the settings over the groups; decay is put on matrices only.
+
+    raises  UserError if state is to be paged and cannot be
+    """
     ready = split_decay(groups, config.weight_decay)
+    if config.paged:
+        check_paged(ready, config.optimizer)
+    optimizer: torch.optim.Optimizer
     if config.optimizer == "sgd":
-        optimizer: torch.optim.Optimizer = torch.optim.SGD(ready, momentum=config.momentum)
+        optimizer = torch.optim.SGD(ready, momentum=config.momentum)
+    elif config.optimizer == "adamw8bit":
+        optimizer = AdamW8bit(ready, betas=config.betas, paged=config.paged)
+    elif config.paged:
+        optimizer = PagedAdamW(ready, betas=config.betas)
     else:
         optimizer = torch.optim.AdamW(ready, betas=config.betas)
     for group in optimizer.param_groups:
         group["base_lr"] = group["lr"]
     return optimizer
+
+
+def check_paged(groups: Groups, optimizer: str) -> None:
+    if optimizer == "sgd":
+        raise UserError(
+            "train.paged keeps AdamW's moments in the host's memory, and train.optimizer is sgd",
+            hint="set train.optimizer to adamw or adamw8bit, or leave train.paged out",
+        )
+    if any(parameter.device.type != "cuda" for group in groups for parameter in group["params"]):
+        raise UserError(
+            "train.paged moves the optimizer's state between a GPU and the host, and this run has no GPU",
+            hint="leave train.paged out: the state is in the host's memory already",
+        )
 
 
 def split_decay(groups: Groups, weight_decay: float) -> Groups:
@@ -76,7 +101,9 @@ def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> float:
 def state_tensors(
     optimizer: torch.optim.Optimizer, named: Sequence[tuple[str, nn.Parameter]]
 ) -> dict[str, Tensor]:
-    """The optimizer's state as `parameter|key` to tensor."""
+    """The optimizer's state as `parameter|key` to tensor, copied, on the CPU."""
+    if isinstance(optimizer, AdamW8bit):
+        optimizer.finish()
     tensors: dict[str, Tensor] = {}
     for name, parameter in named:
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -96,6 +123,9 @@ def load_state(
     for full, value in tensors.items():
         name, _, key = full.rpartition("|")
         parameter = parameters[name]
+        if isinstance(optimizer, AdamW8bit):
+            optimizer.put(parameter, key, value)
+            continue
         # AdamW counts its steps in a tensor on the CPU unless it is fused or capturable.
         device = value.device if value.dim() == 0 else parameter.device
         optimizer.state[parameter][key] = value.to(device).clone()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .errors import UserError
 from .flow import Flow
+from .quant import Weight4
 
 
 class Overlay:
@@ -32,6 +33,11 @@ class Overlay:
         copies  by the id of the base's parameter: what is one tensor in the base is one copy, wherever it stands
         """
         for name, own in self.module.named_parameters(remove_duplicate=False):
+            if isinstance(own, Weight4) and (names is None or name in names):
+                raise UserError(
+                    f"{self.name} is kept in 4 bits, so it cannot be trained whole",
+                    hint="load the model with this module kept in 16 bits: load_model(..., keep=[...])",
+                )
             if names is None or name in names:
                 if id(own) not in copies:
                     wide = torch.promote_types(own.dtype, torch.float32)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 from transformers.utils import logging
 
 from . import files
@@ -33,10 +33,16 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def from_folder(factory: Any, folder: Path, **options: Any) -> Any:
-    """`factory.from_pretrained` on a local folder, with transformers' errors in the user's words."""
+def from_folder(factory: Any, folder: Path, *, state: dict[str, Any] | None = None, **options: Any) -> Any:
+    """`factory.from_pretrained` on a local folder, with transformers' errors in the user's words.
+
+    state  weights to take instead of those in the folder's files
+    """
+    local: Any = {"local_files_only": True, "trust_remote_code": False}
     try:
-        return factory.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+        if state is None:
+            return factory.from_pretrained(folder, **local, **options)
+        return from_state(factory, folder, state, local, options)
     except torch.OutOfMemoryError:
         raise
     except MemoryError as error:
@@ -59,6 +65,21 @@ def from_folder(factory: Any, folder: Path, **options: Any) -> Any:
             if remote
             else "the folder may be incomplete, or need a newer transformers: pip install -U transformers",
         ) from error
+
+
+def from_state(
+    factory: Any, folder: Path, state: dict[str, Any], local: dict[str, Any], options: dict[str, Any]
+) -> Any:
+    """A model of the folder's config.json with these weights, and transformers' report."""
+    config = AutoConfig.from_pretrained(folder, **local)
+    del config.quantization_config  # else transformers looks for the library that wrote the files
+    options = {key: value for key, value in options.items() if key != "use_safetensors"}
+    with torch.device("meta"):
+        kind = type(factory.from_config(config))  # the factory itself wants a folder to look into
+    model, report = kind.from_pretrained(None, config=config, state_dict=state, **local, **options)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, **local)
+    return model, report
 
 
 def pad_id(tokenizer: Any) -> int:

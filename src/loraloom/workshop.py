@@ -21,6 +21,7 @@ from .data import Examples, Prepared, Style, check_sources, prepare
 from .errors import DataError, UserError
 from .files import digest
 from .generate import context_length
+from .kernels.twin import path_of
 from .model import Loaded, load_model
 from .nll import honours_boundaries
 from .optim import make_optimizer
@@ -67,6 +68,11 @@ class Workshop:
         return Style.from_dict(self.prepared.report.style)
 
     @property
+    def kernels(self) -> str:
+        """Which kernels this device runs, and why."""
+        return ": ".join(path_of(self.loaded.device))
+
+    @property
     def packing(self) -> bool:
         return self.config.data.packing
 
@@ -111,7 +117,7 @@ def build(
     """
     check_sources(config.data)  # a wrong path or method is said before a large model is loaded
     spec_of(config).make()
-    loaded = load_model(config.model, offline=offline, progress=progress)
+    loaded = load_model(config.model, keep=config.modules_to_save, offline=offline, progress=progress)
     prepared = prepare(
         config.data,
         loaded.tokenizer,

@@ -149,7 +149,7 @@ class LowRank(Method):
         product_OI = pair.product()
         if pair.gain is None:
             return product_OI
-        w_OI = layer.weight().to(product_OI)
+        w_OI = layer.weight(product_OI.dtype).to(product_OI.device)
         return pair.gain[:, None] * (w_OI + product_OI) - w_OI
 
 

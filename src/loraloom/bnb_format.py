@@ -1,0 +1,141 @@
+"""bitsandbytes' pre-quantised checkpoints: each linear weight as packed codes with its state beside it.
+
+    <layer>.weight                                uint8 (H, 1), two codes a byte, the first one high
+    <layer>.weight.absmax                         float32 (G,), or uint8 if the scales are quantised too
+    <layer>.weight.quant_map                      float32 (16,), the table
+    <layer>.weight.nested_absmax, .nested_quant_map       float32, of quantised scales
+    <layer>.weight.quant_state.bitsandbytes__nf4  JSON as uint8: table, block, shape, dtype, nested offset
+
+source  bitsandbytes 0.50, functional.QuantState.as_dict
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from .errors import UserError
+from .kernels.quant4 import Scales8, table
+from .kernels.scales8 import dynamic_map
+from .quant import Codes, Weight4
+
+STATE = ".quant_state.bitsandbytes__"
+NESTED_BLOCK = 256
+TABLES = ("nf4", "fp4")  # what bitsandbytes has
+
+
+def is_bnb4(config: Mapping[str, Any]) -> bool:
+    """Whether a model's config.json says that its weights are bitsandbytes' 4-bit ones."""
+    about = config.get("quantization_config") or {}
+    return about.get("quant_method") == "bitsandbytes" and bool(about.get("load_in_4bit"))
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A weight in 4 bits that is still in its files; `stored[...]` reads it, as of a safetensors slice."""
+
+    parts: Mapping[str, Any]  # what follows the weight's name, to the open file that holds it
+    name: str
+    kind: str  # nf4 or fp4
+
+    def read(self, suffix: str) -> Tensor:
+        return self.parts[suffix].get_tensor(self.name + suffix)
+
+    def __getitem__(self, everything: Any) -> Weight4:
+        state = json.loads(bytes(self.read(STATE + self.kind).tolist()))
+        codes = Codes(
+            self.read("").flatten().view(torch.uint8),
+            self.scales(state),
+            state["quant_type"],
+            state["blocksize"],
+            tuple(state["shape"]),
+        )
+        if not torch.equal(self.read(".quant_map"), table(state["quant_type"], torch.device("cpu"))):
+            raise UserError(f"{self.name}: its table of 16 values is not {state['quant_type']}'s")
+        return Weight4(codes, getattr(torch, state["dtype"]))
+
+    def scales(self, state: Mapping[str, Any]) -> Tensor | Scales8:
+        absmax = self.read(".absmax")
+        if ".nested_absmax" not in self.parts:
+            return absmax.float()
+        own = torch.equal(self.read(".nested_quant_map"), dynamic_map(signed=True, device=torch.device("cpu")))
+        if not own or state["nested_blocksize"] != NESTED_BLOCK:
+            raise UserError(f"{self.name}: its scales are quantised otherwise than bitsandbytes does")
+        offset = torch.tensor(state["nested_offset"], dtype=torch.float32)
+        return Scales8(absmax, self.read(".nested_absmax"), offset)
+
+
+def open_state(paths: Sequence[Path]) -> dict[str, Any]:
+    """Every weight of the files by name, none of them read yet.
+
+    raises  UserError if a weight's state is missing or of another kind
+    """
+    where: dict[str, Any] = {}
+    for path in paths:
+        file = safe_open(path, framework="pt")
+        where |= dict.fromkeys(file.keys(), file)
+    parts: dict[str, dict[str, Any]] = {}  # by weight: what follows its name, to the file that holds it
+    for name, file in where.items():
+        base = owner(name, where)
+        parts.setdefault(base, {})[name.removeprefix(base)] = file
+    state: dict[str, Any] = {}
+    for name, held in parts.items():
+        kinds = [suffix.removeprefix(STATE) for suffix in held if suffix.startswith(STATE)]
+        if kinds and kinds[0] not in TABLES:
+            raise UserError(f"{name} is quantised as {kinds[0]}, which bitsandbytes 0.50 does not have")
+        state[name] = Stored(held, name, kinds[0]) if kinds else held[""].get_slice(name)
+    return state
+
+
+def owner(name: str, names: Mapping[str, Any]) -> str:
+    """The weight that a tensor belongs to: itself, or `x.weight` for `x.weight.absmax`."""
+    dots = (cut for cut, letter in enumerate(name) if letter == ".")
+    return next((name[:cut] for cut in dots if name[:cut] in names), name)
+
+
+def file_tensors(name: str, w: Weight4) -> dict[str, Tensor]:
+    """One weight as bitsandbytes writes it.
+
+    raises  UserError for what its format has no place for
+    """
+    codes = w.codes
+    if codes.table not in TABLES or codes.experts is not None:
+        what = "fused experts" if codes.experts is not None else codes.table
+        raise UserError(f"{name}: bitsandbytes' format has no place for {what} in 4 bits", hint="use nf4 or fp4")
+    about: dict[str, Any] = {
+        "quant_type": codes.table,
+        "blocksize": codes.block,
+        "dtype": str(w.dtype).removeprefix("torch."),
+        "shape": list(codes.shape),
+    }
+    s = codes.scales
+    tensors = {"": codes.packed[:, None], ".quant_map": table(codes.table, torch.device("cpu"))}
+    if isinstance(s, Scales8):
+        tensors |= {".absmax": s.code_G, ".nested_absmax": s.absmax_S}
+        tensors[".nested_quant_map"] = dynamic_map(signed=True, device=torch.device("cpu"))
+        about |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": float(s.offset)}
+    else:
+        tensors[".absmax"] = s
+    tensors[STATE + codes.table] = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
+    return {name + suffix: tensor.cpu().contiguous() for suffix, tensor in tensors.items()}
+
+
+def settings(table: str, double: bool, dtype: torch.dtype, kept: Sequence[str]) -> dict[str, Any]:
+    """The `quantization_config` of config.json, by which transformers finds bitsandbytes."""
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": table,
+        "bnb_4bit_use_double_quant": double,
+        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": list(kept) or None,
+    }

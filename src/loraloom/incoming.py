@@ -1,0 +1,112 @@
+"""What becomes of each weight that a checkpoint brings: quantised or not, it goes to its device at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .errors import NonFinite, UserError
+from .layers import Conv1DLayer, is_linear, kind_of
+from .on_load import Arrival
+from .quant import Weight4, quantized
+from .targets import output_head
+
+EXPERTS = "experts"  # the name of a module that holds the fused weights (E, O, I) of all experts
+
+
+@dataclass
+class Incoming:
+    """Takes the weights one after the other.
+
+    table  nf4, fp4 or e2m1 for the linear layers; None leaves them as they come
+    keep   ends of module names that stay in 16 bits, such as a head to be trained whole
+    """
+
+    device: torch.device
+    table: str | None = None
+    block: int = 64
+    double: bool = True
+    keep: Sequence[str] = ()
+    on_weight: Callable[[str], None] = lambda name: None
+    experts: list[str] = field(default_factory=list)  # fused experts that stayed in 16 bits
+
+    def __call__(self, arrival: Arrival) -> Tensor:
+        value = arrival.value.to(self.device)
+        turned = kind_of(arrival.module) is Conv1DLayer
+        if isinstance(value, Weight4):
+            value = value.T if turned else value  # checkpoints in 4 bits hold every matrix as (O, I)
+        elif self.table is not None and self.is_meant(arrival):
+            try:
+                value = quantized(
+                    value, table=self.table, block=self.block, double=self.double, flipped=turned
+                )
+            except ValueError as error:
+                raise broken(arrival.name, value) from error
+        self.on_weight(arrival.name)
+        return value
+
+    def is_meant(self, arrival: Arrival) -> bool:
+        """Whether a weight goes into 4 bits: linear layers but the head, and fused experts."""
+        path, _, leaf = arrival.name.rpartition(".")
+        if arrival.kept or any(path == k or path.endswith("." + k) or f".{k}." in f".{path}." for k in self.keep):
+            return False
+        if path.rpartition(".")[2] == EXPERTS and arrival.value.dim() == 3:
+            if runs_one_by_one(arrival.model):
+                return True
+            self.experts.append(arrival.name)
+            return False
+        return leaf == "weight" and is_linear(arrival.module)
+
+
+def runs_one_by_one(model: nn.Module) -> bool:
+    """Whether transformers can run this model's experts one after the other, which 4 bits need."""
+    asks = getattr(type(model), "_can_set_experts_implementation", None)
+    return bool(asks is not None and asks())
+
+
+def broken(name: str, value: Tensor) -> UserError:
+    """The error for a weight that cannot be quantised."""
+    bad = int((~value.isfinite()).sum())
+    return NonFinite(
+        f"{name} holds {bad:,} values that are not finite, which 4 bits cannot keep",
+        hint="the checkpoint is broken; fetch it again, or convert it anew",
+    )
+
+
+def settle(model: nn.Module, device: torch.device) -> None:
+    """Bring what no checkpoint brought to the device too: buffers, and a new head."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+        for name, own in module._parameters.items():
+            if own is not None and own.device != device and own.device.type != "meta":
+                module._parameters[name] = nn.Parameter(own.detach().to(device), requires_grad=False)
+
+
+@torch.no_grad()
+def quantize_model(
+    model: nn.Module, table: str = "nf4", *, block: int = 64, double: bool = True, keep: Sequence[str] = ()
+) -> nn.Module:
+    """Put the linear layers and fused experts of a model that is in memory, or on meta, into 4 bits.
+
+    The head, and what is tied to it, stays as it is, as when a checkpoint is read.
+    """
+    head = output_head(model)
+    take = Incoming(torch.device("cpu"), table=table, block=block, double=double, keep=keep)
+    for path, module in model.named_modules():
+        for leaf, own in list(module._parameters.items()):
+            if own is None or isinstance(own, Weight4):
+                continue
+            name = f"{path}.{leaf}" if path else leaf
+            take.device = own.device
+            tied = head is not None and own is getattr(head, "weight", None)
+            value = take(Arrival(model, name, module, own.detach(), module is head or tied))
+            if isinstance(value, Weight4):
+                module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    if any(isinstance(p, Weight4) and p.codes.experts for p in model.parameters()):
+        model.set_experts_implementation("eager")  # type: ignore[operator]
+    return model

@@ -1,0 +1,128 @@
+"""One step of AdamW whose moments are kept in 8 bits, a scale for every 256 of them.
+
+    m = map_s[code] absmax            m' = beta1 m + (1 - beta1) g        and v alike with map_u, beta2 and g^2
+    p' = (1 - lr wd) p - lr / (1 - beta1^t) * m' / (sqrt(v') / sqrt(1 - beta2^t) + eps)
+    absmax' = max |m'| of the block,  code' = the entry of the map nearest to m' / absmax'
+
+The parameter moves by the float32 moments; only what is kept for the next step is rounded (`scales8`: the nearest
+entry, a tie goes down). Every product and sum is rounded to float32 by itself, nothing is fused, in both twins, so
+they agree bit for bit. Memory beside the state: a few times CHUNK float32 for the definition, none for the kernel.
+Gradients must be finite: the caller has looked.
+
+bitsandbytes' GPU kernel differs in three ways: it decays after the update instead of before (a difference of
+lr^2 wd), it divides and takes powers approximately, and it moves a negative first moment that is nearest to zero
+to the smallest negative entry (5.5e-7 of the block's largest). Its CPU code searches a coarse grid and does not
+always find the nearest entry; its Triton code and its torch definition do as this file does.
+
+shapes  p, grad, m and v of N elements in one dimension, contiguous; G = ceil(N / 256) blocks
+units   m and v are uint8 codes; absmax in units of the gradient and its square; step counts from 1
+raises  ValueError if the tensors do not fit; TypeError for a parameter that is not float32 or a 16-bit float
+source  Dettmers et al. 2022, arXiv:2110.02861; bitsandbytes 0.50, block 256, signed and unsigned dynamic map
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from .scales8 import BLOCK8, dequantize8, dynamic_map, midpoints, quantize8
+from .twin import twin
+
+CHUNK = 2**20  # elements at a time in the torch definition: bounds its temporaries
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.lru_cache(maxsize=32)
+def tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the kernel reads: the signed map and its 255 midpoints, then the unsigned ones."""
+    signed, unsigned = dynamic_map(True, device), dynamic_map(False, device)
+    return signed, midpoints(signed), unsigned, midpoints(unsigned)
+
+
+def num_blocks(numel: int) -> int:
+    return -(-numel // BLOCK8)
+
+
+def factors(
+    *, lr: float, betas: tuple[float, float], weight_decay: float, step: int
+) -> tuple[float, float, float]:
+    """What p is kept by, the rate of the corrected first moment, and what sqrt(v) is multiplied by."""
+    keep = 1.0 - lr * weight_decay
+    return keep, lr / (1.0 - betas[0] ** step), 1.0 / math.sqrt(1.0 - betas[1] ** step)
+
+
+def adamw8_reference(
+    p_N: Tensor,
+    grad_N: Tensor,
+    m_N: Tensor,
+    v_N: Tensor,
+    m_absmax_G: Tensor,
+    v_absmax_G: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: int,
+) -> None:
+    """Move p and its moments in place: the definition."""
+    check8(p_N, grad_N, m_N, v_N, m_absmax_G, v_absmax_G)
+    map_s, map_u = dynamic_map(True, p_N.device), dynamic_map(False, p_N.device)
+    keep, rate, correct = factors(lr=lr, betas=betas, weight_decay=weight_decay, step=step)
+    for start in range(0, p_N.numel(), CHUNK):
+        part = slice(start, start + CHUNK)
+        blocks = slice(start // BLOCK8, (start + CHUNK) // BLOCK8)
+        g = grad_N[part].float()
+        m = dequantize8(m_N[part], m_absmax_G[blocks], map_s).mul_(betas[0])
+        v = dequantize8(v_N[part], v_absmax_G[blocks], map_u).mul_(betas[1])
+        m.add_(g * (1.0 - betas[0]))
+        v.add_((g * g).mul_(1.0 - betas[1]))
+        move = (m / v.sqrt().mul_(correct).add_(eps)).mul_(rate)
+        p_N[part] = p_N[part].float().mul(keep).sub_(move).to(p_N.dtype)
+        m_N[part], m_absmax_G[blocks] = quantize8(m, map_s)
+        v_N[part], v_absmax_G[blocks] = quantize8(v, map_u)
+
+
+@twin(adamw8_reference)
+def adamw8(
+    p_N: Tensor,
+    grad_N: Tensor,
+    m_N: Tensor,
+    v_N: Tensor,
+    m_absmax_G: Tensor,
+    v_absmax_G: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: int,
+) -> None:
+    """Move p and its moments in place: the Triton twin."""
+    from .adamw8_triton import launch
+
+    check8(p_N, grad_N, m_N, v_N, m_absmax_G, v_absmax_G)
+    keep, rate, correct = factors(lr=lr, betas=betas, weight_decay=weight_decay, step=step)
+    launch(
+        (p_N, grad_N, m_N, v_N, m_absmax_G, v_absmax_G),
+        tables(p_N.device),
+        (betas[0], 1.0 - betas[0], betas[1], 1.0 - betas[1], keep, rate, correct, eps),
+    )
+
+
+def check8(
+    p_N: Tensor, grad_N: Tensor, m_N: Tensor, v_N: Tensor, m_absmax_G: Tensor, v_absmax_G: Tensor
+) -> None:
+    if p_N.dtype not in DTYPES or grad_N.dtype not in DTYPES:
+        raise TypeError(f"8-bit AdamW moves float32 and 16-bit floats, not {p_N.dtype} by {grad_N.dtype}")
+    if m_N.dtype != torch.uint8 or v_N.dtype != torch.uint8:
+        raise TypeError(f"8-bit moments are uint8, not {m_N.dtype} and {v_N.dtype}")
+    n = p_N.numel()
+    sizes = [tuple(t.shape) for t in (p_N, grad_N, m_N, v_N, m_absmax_G, v_absmax_G)]
+    if sizes != [(n,)] * 4 + [(num_blocks(n),)] * 2:
+        raise ValueError(f"{n:,} elements need {num_blocks(n):,} scales; got tensors of {sizes}")
+    if not all(t.is_contiguous() for t in (p_N, grad_N, m_N, v_N, m_absmax_G, v_absmax_G)):
+        raise ValueError("8-bit AdamW works on contiguous tensors")

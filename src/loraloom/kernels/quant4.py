@@ -1,0 +1,323 @@
+"""Weights in 4 bits by blocks, one float32 scale each:
+
+    quantise     code[i] = nearest(table, w[i] / absmax[i // block])       absmax = max |w| over the block
+    dequantise   w[i] = table[code[i]] * absmax[i // block]
+    to fp8       w8[o, i] = e4m3(w[o, i] * (1 / scale)),    scale = amax |w| / 448 of an output or input channel
+
+Two codes share a byte, the first in its high half. Products are taken in float32 and rounded once to the
+dtype asked for, in both twins, so they agree bit for bit. A tie goes to the lower value.
+
+shapes  N weights in row-major order, H = ceil(N / 2) bytes, G = ceil(N / block) scales; fp8 takes (O, I)
+units   scales in weight units, float32, or double-quantised (`Scales8`)
+raises  ValueError if buffers and shape do not fit, the table or block is unknown, or weights are not finite
+source  QLoRA, arXiv:2305.14314, section 3; the layout is bitsandbytes'; e2m1 is the OCP MX format's element
+
+Where bitsandbytes' own paths differ, this is its CPU path: thresholds are the float32 midpoints of the table (its
+CUDA kernels have digits that lie up to 1e-6 beside them), and a short last block is divided, not multiplied by a
+reciprocal. A weight that rounds to zero keeps its sign in the fp4 code, as in CUDA; on a CPU bitsandbytes
+gives code 0 to the negative and code 8 to the positive, both of which stand for zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from .scales8 import BLOCK8, unit_blocks
+from .scales8 import Scales8 as Scales8
+from .scales8 import dequantize_scales as dequantize_scales
+from .scales8 import quantize_scales as quantize_scales
+from .twin import twin
+
+BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+TABLES = ("nf4", "fp4", "e2m1")
+CHUNK = 2**18  # weights at a time on a CPU: what is in between stays in its cache
+E4M3_MAX = 448.0
+
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)  # of 12; the code's fourth bit is the sign
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of 6; likewise
+
+
+def table(name: str, device: torch.device | str = "cpu") -> Tensor:
+    """The value of each of the 16 codes, float32; the same tensor at each call."""
+    return _table(name, torch.device(device))
+
+
+@cache
+def _table(name: str, device: torch.device) -> Tensor:
+    if name == "nf4":
+        return torch.tensor(NF4, dtype=torch.float32, device=device)
+    if name not in TABLES:
+        raise ValueError(f"there is no 4-bit table {name!r}: it can be {', '.join(TABLES)}")
+    magnitudes = torch.tensor(FP4 if name == "fp4" else E2M1, dtype=torch.float32, device="cpu")
+    magnitudes /= magnitudes.max()
+    return torch.cat([magnitudes, -magnitudes]).to(device)
+
+
+def ascending(name: str) -> list[int]:
+    """The codes in the order of their values, -0 before 0."""
+    values = table(name).tolist()
+    return sorted(range(16), key=lambda code: (values[code], math.copysign(1, values[code])))
+
+
+@cache
+def _order(name: str, device: torch.device) -> Tensor:
+    return torch.tensor(ascending(name), dtype=torch.uint8, device=device)
+
+
+def thresholds(name: str, device: torch.device | str = "cpu") -> Tensor:
+    """The 15 values above which the next code in ascending order is nearer, float32."""
+    return _thresholds(name, torch.device(device))
+
+
+@cache
+def _thresholds(name: str, device: torch.device) -> Tensor:
+    value = table(name).index_select(0, _order(name, torch.device("cpu")).int())
+    middle = (value[:-1] + value[1:]) / 2
+    below_zero = -torch.finfo(torch.float32).tiny  # what rounds to zero keeps its sign
+    return torch.where(value[:-1] == value[1:], below_zero, middle).to(device)
+
+
+@cache
+def _pairs(name: str, device: torch.device) -> Tensor:
+    """For each byte its two values, as one 64-bit number: one look-up serves two weights."""
+    value = table(name)
+    pairs = torch.stack([value.repeat_interleave(16), value.repeat(16)], dim=1)
+    return pairs.view(torch.int64).view(-1).to(device)
+
+
+def quantize4(w: Tensor, *, table: str, block: int = 64) -> tuple[Tensor, Tensor]:
+    """(packed_H uint8, absmax_G float32) of a weight of any shape and floating dtype.
+
+    raises  ValueError naming how many weights are not finite
+    """
+    check_format(table, block)
+    n = w.numel()
+    if not w.is_floating_point() or n == 0:
+        raise ValueError(
+            f"{list(w.shape)} of {w.dtype} cannot be coded: it takes floating numbers, at least one"
+        )
+    packed_H = torch.empty(-(-n // 2), dtype=torch.uint8, device=w.device)
+    absmax_G = torch.empty(-(-n // block), dtype=torch.float32, device=w.device)
+    if not w.is_meta:
+        w_N = w.detach().reshape(-1)
+        w_N = w_N.float() if w_N.dtype.itemsize in (1, 8) else w_N
+        if not torch.stack(torch.aminmax(w_N)).isfinite().all():
+            raise ValueError(f"{int((~w_N.isfinite()).sum()):,} of {n:,} weights are not finite")
+        _quantize4(w_N, packed_H, absmax_G, table=table, block=block)
+    return packed_H, absmax_G
+
+
+def _quantize4_reference(w_N: Tensor, packed_H: Tensor, absmax_G: Tensor, *, table: str, block: int) -> None:
+    bounds = thresholds(table).tolist()
+    order = _order(table, w_N.device)
+    for start, stop in _chunks(len(w_N)):
+        unit, absmax = unit_blocks(w_N[start:stop].float(), block)
+        absmax_G[start // block : -(-stop // block)] = absmax
+        unit = torch.cat([unit, unit.new_zeros(1)]) if len(unit) % 2 else unit
+        rank = torch.zeros_like(unit, dtype=torch.uint8)
+        for bound in bounds:  # fifteen sweeps take less than half the time of torch.bucketize
+            rank += (unit > bound).view(torch.uint8)
+        code = order.index_select(0, rank.int())
+        packed_H[start // 2 : (stop + 1) // 2] = (code[::2] << 4) | code[1::2]
+
+
+@twin(_quantize4_reference)
+def _quantize4(w_N: Tensor, packed_H: Tensor, absmax_G: Tensor, *, table: str, block: int) -> None:
+    from . import quant4_triton
+
+    bounds, order = _thresholds(table, w_N.device), _order(table, w_N.device)
+    quant4_triton.quantize4(w_N, packed_H, absmax_G, bounds, order, block)
+
+
+def dequantize4(
+    packed_H: Tensor,
+    scales: Tensor | Scales8,
+    *,
+    table: str,
+    shape: Sequence[int],
+    block: int,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The weights in `shape` and `dtype` (float32, bfloat16 or float16).
+
+    out  a flat buffer of that dtype with room for them: the result is a view of its beginning
+    """
+    check4(packed_H, scales, table=table, shape=shape, block=block)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"weights come out in float32, bfloat16 or float16, not in {dtype}")
+    w_N = _room(packed_H, math.prod(shape), dtype, out)
+    if not packed_H.is_meta:
+        _dequantize4(packed_H, scales, w_N, table=table, block=block)
+    return w_N.view(*shape)
+
+
+def _dequantize4_reference(
+    packed_H: Tensor, scales: Tensor | Scales8, w_N: Tensor, *, table: str, block: int
+) -> None:
+    pairs = _pairs(table, packed_H.device)
+    absmax_G = scales if isinstance(scales, Tensor) else dequantize_scales(scales)
+    for start, stop in _chunks(len(w_N)):
+        pair = pairs.index_select(0, packed_H[start // 2 : (stop + 1) // 2].int())
+        part, whole = pair.view(torch.float32)[: stop - start], (stop - start) // block * block
+        absmax = absmax_G[start // block : -(-stop // block)]
+        part[:whole].view(-1, block).mul_(absmax[: whole // block, None])
+        part[whole:].mul_(absmax[whole // block :])  # a short last block: one scale, or none
+        w_N[start:stop] = part
+
+
+@twin(_dequantize4_reference)
+def _dequantize4(packed_H: Tensor, scales: Tensor | Scales8, w_N: Tensor, *, table: str, block: int) -> None:
+    from . import quant4_triton
+
+    quant4_triton.dequantize4(packed_H, scales, w_N, _table(table, w_N.device), block)
+
+
+def channel_scale(
+    packed_H: Tensor, scales: Tensor | Scales8, *, table: str, shape: Sequence[int], block: int, dim: int
+) -> Tensor:
+    """amax |w| / 448 of each output channel (dim 0: (O,)) or input channel (dim 1: (I,)), 1 where all are zero."""
+    if len(shape) != 2 or dim not in (0, 1):
+        raise ValueError(f"a matrix has channels along 0 and 1, asked was {dim} of {list(shape)}")
+    check4(packed_H, scales, table=table, shape=shape, block=block)
+    if packed_H.is_meta:
+        return packed_H.new_empty(shape[dim], dtype=torch.float32)
+    amax = _channel_amax(packed_H, scales, table=table, shape=shape, block=block, dim=dim)
+    scale = amax / torch.full_like(amax, E4M3_MAX)  # by a tensor: a GPU multiplies by a number's reciprocal
+    return torch.where(amax == 0, 1.0, scale)
+
+
+def _channel_amax_reference(
+    packed_H: Tensor, scales: Tensor | Scales8, *, table: str, shape: Sequence[int], block: int, dim: int
+) -> Tensor:
+    w_N = torch.empty(math.prod(shape), dtype=torch.float32, device=packed_H.device)
+    _dequantize4_reference(packed_H, scales, w_N, table=table, block=block)
+    return w_N.view(*shape).abs_().amax(1 - dim)
+
+
+@twin(_channel_amax_reference)
+def _channel_amax(
+    packed_H: Tensor, scales: Tensor | Scales8, *, table: str, shape: Sequence[int], block: int, dim: int
+) -> Tensor:
+    from . import quant4_triton
+
+    return quant4_triton.channel_amax(packed_H, scales, _table(table, packed_H.device), shape, block, dim)
+
+
+def dequantize4_fp8(
+    packed_H: Tensor,
+    scales: Tensor | Scales8,
+    scale: Tensor,
+    *,
+    table: str,
+    shape: Sequence[int],
+    block: int,
+    transposed: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """A matrix (O, I) over its channels' scale, in float8_e4m3fn; transposed, (I, O) contiguous.
+
+    scale  (O,) float32 of the output channels; transposed, (I,) of the input channels
+    out    as in `dequantize4`
+    """
+    check4(packed_H, scales, table=table, shape=shape, block=block)
+    if len(shape) != 2 or scale.shape != (shape[transposed],) or scale.dtype != torch.float32:
+        raise ValueError(
+            f"{list(scale.shape)} scales of {scale.dtype} for {list(shape)}, transposed: {transposed}"
+        )
+    w8_N = _room(packed_H, math.prod(shape), torch.float8_e4m3fn, out)
+    w8 = w8_N.view(shape[1], shape[0]) if transposed else w8_N.view(*shape)
+    if not packed_H.is_meta:
+        _dequantize4_fp8(packed_H, scales, scale, w8, table=table, block=block, transposed=transposed)
+    return w8
+
+
+def _dequantize4_fp8_reference(
+    packed_H: Tensor,
+    scales: Tensor | Scales8,
+    scale: Tensor,
+    w8: Tensor,
+    *,
+    table: str,
+    block: int,
+    transposed: bool,
+) -> None:
+    w_N = torch.empty(w8.numel(), dtype=torch.float32, device=w8.device)
+    _dequantize4_reference(packed_H, scales, w_N, table=table, block=block)
+    w = w_N.view(*reversed(w8.shape)).T if transposed else w_N.view(*w8.shape)
+    w8.copy_((w * (1.0 / scale)[:, None]).clamp_(-E4M3_MAX, E4M3_MAX))
+
+
+@twin(_dequantize4_fp8_reference)
+def _dequantize4_fp8(
+    packed_H: Tensor,
+    scales: Tensor | Scales8,
+    scale: Tensor,
+    w8: Tensor,
+    *,
+    table: str,
+    block: int,
+    transposed: bool,
+) -> None:
+    from . import quant4_triton
+
+    values = _table(table, w8.device)
+    quant4_triton.dequantize4_fp8(packed_H, scales, scale, w8, values, block, transposed)
+
+
+def check_format(table: str, block: int) -> None:
+    """raises  ValueError for a table or block that there is not"""
+    if table not in TABLES or block not in BLOCKS:
+        raise ValueError(
+            f"there is no 4-bit format {table!r} in blocks of {block}: tables are {', '.join(TABLES)}, "
+            f"blocks {', '.join(map(str, BLOCKS))}"
+        )
+
+
+def check4(
+    packed_H: Tensor, scales: Tensor | Scales8, *, table: str, shape: Sequence[int], block: int
+) -> None:
+    """raises  ValueError if the buffers are not those of weights in this shape"""
+    check_format(table, block)
+    n = math.prod(shape)
+    need = (-(-n // 2), -(-n // block), -(-n // (block * BLOCK8)))
+    parts = [packed_H, scales] if isinstance(scales, Tensor) else [packed_H, scales.code_G, scales.absmax_S]
+    dtypes = [torch.uint8, torch.float32] if len(parts) == 2 else [torch.uint8, torch.uint8, torch.float32]
+    if (
+        n == 0
+        or [part.dtype for part in parts] != dtypes
+        or any(p.shape != (k,) for p, k in zip(parts, need))
+    ):
+        got = ", ".join(f"{part.dtype} {list(part.shape)}" for part in parts)
+        raise ValueError(
+            f"{n:,} weights in blocks of {block} need {need[0]:,} bytes and {need[1]:,} scales in float32, "
+            f"or in 8 bits with {need[2]:,} in float32; got {got}"
+        )
+
+
+def _room(packed_H: Tensor, n: int, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    """n elements, of `out` if it is given."""
+    if out is None:
+        return torch.empty(n, dtype=dtype, device=packed_H.device)
+    if out.dtype != dtype or out.device != packed_H.device or out.numel() < n or out.dim() != 1:
+        raise ValueError(
+            f"`out` must be flat, with room for {n:,} of {dtype} on {packed_H.device}; it is "
+            f"{list(out.shape)} of {out.dtype} on {out.device}"
+        )
+    return out[:n]
+
+
+def _chunks(n: int) -> Iterator[tuple[int, int]]:
+    return pairwise([*range(0, n, CHUNK), n])

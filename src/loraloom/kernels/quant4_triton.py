@@ -1,0 +1,281 @@
+# mypy: allow-untyped-defs
+"""The kernels of `quant4`: each bit-equal to its definition there, which also has the equations.
+
+A program takes a tile of R rows and C columns; a flat weight is one row. Where a row's length is a multiple of 8
+and the bytes are aligned, one element of a tile is a word of 8 weights with one scale, and words are read and
+written side by side; otherwise a byte is read for each weight. The 16 values are looked up in memory: 64 bytes
+that stay in the first cache. Not measured yet: a chain of selects or `tl.gather` instead, values in pairs.
+
+shapes  as in quant4; a matrix (O, I), tiles (R, C)
+units   element numbers are int64: a weight may have more than 2^31 elements
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .scales8 import BLOCK8, TINY, Scales8, dynamic_map
+
+FLAT = (
+    4096  # weights a program where rows do not matter; tile sizes are a schedule, no part of the arithmetic
+)
+ROWS, COLS = 64, 128
+EXACT = {"enable_fp_fusion": False}  # map * absmax2 + offset is rounded twice, as in torch
+INNER = tl.constexpr(BLOCK8)
+
+
+def quantize4(
+    w_N: Tensor, packed_H: Tensor, absmax_G: Tensor, bounds: Tensor, order: Tensor, block: int
+) -> None:
+    groups = max(2, FLAT // block)
+    args = (w_N.contiguous(), packed_H, absmax_G, bounds, order, len(w_N), len(packed_H), len(absmax_G), TINY)
+    with torch.cuda.device_of(w_N):
+        _quantize4[(triton.cdiv(len(absmax_G), groups),)](*args, BLOCK=block, GROUPS=groups, **EXACT)
+
+
+def dequantize4(packed_H: Tensor, scales: Tensor | Scales8, w_N: Tensor, values: Tensor, block: int) -> None:
+    source, form = _source(packed_H, scales, values, len(w_N), block)
+    with torch.cuda.device_of(w_N):
+        _dequantize4[(triton.cdiv(len(w_N), FLAT),)](*source, w_N, len(w_N), C=FLAT, **form)
+
+
+def channel_amax(
+    packed_H: Tensor, scales: Tensor | Scales8, values: Tensor, shape: Sequence[int], block: int, dim: int
+) -> Tensor:
+    source, form = _source(packed_H, scales, values, shape[1], block)
+    grid = (triton.cdiv(shape[0], ROWS), triton.cdiv(shape[1], COLS))
+    part = torch.empty(grid[1 - dim], shape[dim], dtype=torch.float32, device=packed_H.device)
+    with torch.cuda.device_of(part):
+        _channel_amax[grid](*source, part, *shape, DIM=dim, R=ROWS, C=COLS, **form)
+    return part.amax(0)
+
+
+def dequantize4_fp8(
+    packed_H: Tensor,
+    scales: Tensor | Scales8,
+    scale: Tensor,
+    w8: Tensor,
+    values: Tensor,
+    block: int,
+    transposed: bool,
+) -> None:
+    rows, cols = reversed(w8.shape) if transposed else w8.shape
+    source, form = _source(packed_H, scales, values, cols, block)
+    grid = (triton.cdiv(rows, ROWS), triton.cdiv(cols, COLS))
+    with torch.cuda.device_of(w8):
+        _dequantize4_fp8[grid](
+            *source, scale.contiguous(), w8, rows, cols, TRANSPOSED=transposed, R=ROWS, C=COLS, **form
+        )
+
+
+def _source(
+    packed_H: Tensor, scales: Tensor | Scales8, values: Tensor, cols: int, block: int
+) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """What `_tile` reads, and the constants that tell it how. Without double quantisation three go unread."""
+    words = cols % 8 == 0 and packed_H.storage_offset() % 4 == 0 and packed_H.data_ptr() % 4 == 0
+    packed = packed_H.contiguous().view(torch.int32) if words else packed_H.contiguous()
+    form = {"BLOCK": block, "WORDS": words, "NESTED": isinstance(scales, Scales8), **EXACT}
+    if isinstance(scales, Tensor):
+        return (packed, values, scales.contiguous(), values, values, values), form
+    map_256 = dynamic_map(True, packed_H.device)
+    return (packed, values, scales.code_G.contiguous(), scales.absmax_S, map_256, scales.offset), form
+
+
+@triton.jit
+def _quantize4(
+    w_ptr,
+    packed_ptr,
+    absmax_ptr,
+    bounds_ptr,
+    order_ptr,
+    num_weights,
+    num_bytes,
+    num_groups,
+    tiny,
+    BLOCK: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * GROUPS
+    group = first + tl.arange(0, GROUPS)
+    n = group[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    w = tl.load(w_ptr + n, mask=n < num_weights, other=0.0).to(tl.float32)
+    absmax = tl.max(tl.abs(w), 1)
+    divisor = tl.maximum(absmax, tl.full((GROUPS,), tiny, tl.float32))
+    short = (group + 1) * BLOCK > num_weights
+    tl.store(absmax_ptr + group, tl.where(short, divisor, absmax), mask=group < num_groups)
+
+    # div_rn: a plain quotient of float32 is not the nearest on a GPU
+    quotient = tl.div_rn(w, tl.broadcast_to(divisor[:, None], (GROUPS, BLOCK)))
+    unit = tl.where(short[:, None], quotient, w * tl.div_rn(1.0, divisor)[:, None])
+    unit = tl.minimum(tl.maximum(unit, -1.0), 1.0)
+    rank = tl.zeros((GROUPS, BLOCK), tl.int32)
+    for i in tl.static_range(15):
+        rank += (unit > tl.load(bounds_ptr + i)).to(tl.int32)
+    code = tl.reshape(tl.load(order_ptr + rank), (GROUPS * BLOCK // 2, 2))
+    high, low = tl.split(code)
+    at = first * (BLOCK // 2) + tl.arange(0, GROUPS * BLOCK // 2)
+    tl.store(packed_ptr + at, (high << 4) | low, mask=at < num_bytes)
+
+
+@triton.jit
+def _scale(group_ptr, absmax_ptr, map_ptr, offset_ptr, group, inside, NESTED: tl.constexpr):
+    """The float32 scale of each block."""
+    if NESTED:
+        code = tl.load(group_ptr + group, mask=inside, other=0).to(tl.int32)
+        absmax = tl.load(absmax_ptr + group // INNER, mask=inside, other=0.0)
+        return tl.load(map_ptr + code) * absmax + tl.load(offset_ptr)
+    else:
+        return tl.load(group_ptr + group, mask=inside, other=0.0)
+
+
+@triton.jit
+def _tile(
+    packed_ptr,
+    values_ptr,
+    group_ptr,
+    absmax_ptr,
+    map_ptr,
+    offset_ptr,
+    first_row,
+    first_col,
+    num_rows,
+    num_cols,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WORDS: tl.constexpr,
+    NESTED: tl.constexpr,
+):
+    """Float32 weights (R, C); outside the matrix any number."""
+    STEP: tl.constexpr = 8 if WORDS else 1
+    row = first_row + tl.arange(0, R)[:, None]
+    col = first_col + tl.arange(0, C // STEP)[None, :] * STEP
+    inside = (row < num_rows) & (col < num_cols)
+    n = row * num_cols + col
+    scale = _scale(group_ptr, absmax_ptr, map_ptr, offset_ptr, n // BLOCK, inside, NESTED)
+    if WORDS:
+        word = tl.load(packed_ptr + n // 8, mask=inside, other=0)
+        shift = (tl.arange(0, 8) ^ 1) * 4  # of two codes the first is in the high half
+        code = (word[:, :, None] >> shift[None, None, :]) & 15
+        return tl.reshape(tl.load(values_ptr + code) * scale[:, :, None], (R, C))
+    else:
+        byte = tl.load(packed_ptr + n // 2, mask=inside, other=0).to(tl.int32)
+        code = (byte >> ((n % 2) ^ 1).to(tl.int32) * 4) & 15
+        return tl.load(values_ptr + code) * scale
+
+
+@triton.jit
+def _dequantize4(
+    packed_ptr,
+    values_ptr,
+    group_ptr,
+    absmax_ptr,
+    map_ptr,
+    offset_ptr,
+    out_ptr,
+    num_weights,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WORDS: tl.constexpr,
+    NESTED: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * C
+    # fmt: off
+    w = _tile(packed_ptr, values_ptr, group_ptr, absmax_ptr, map_ptr, offset_ptr,
+              0, first, 1, num_weights, 1, C, BLOCK, WORDS, NESTED)
+    # fmt: on
+    n = first + tl.arange(0, C)
+    tl.store(out_ptr + n, tl.reshape(w, (C,)).to(out_ptr.dtype.element_ty), mask=n < num_weights)
+
+
+@triton.jit
+def _channel_amax(
+    packed_ptr,
+    values_ptr,
+    group_ptr,
+    absmax_ptr,
+    map_ptr,
+    offset_ptr,
+    part_ptr,
+    num_rows,
+    num_cols,
+    DIM: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WORDS: tl.constexpr,
+    NESTED: tl.constexpr,
+):
+    """One row of parts for each tile across the channels; a maximum does not depend on the order."""
+    first_row = tl.program_id(0).to(tl.int64) * R
+    first_col = tl.program_id(1).to(tl.int64) * C
+    # fmt: off
+    w = _tile(packed_ptr, values_ptr, group_ptr, absmax_ptr, map_ptr, offset_ptr,
+              first_row, first_col, num_rows, num_cols, R, C, BLOCK, WORDS, NESTED)
+    # fmt: on
+    row, col = first_row + tl.arange(0, R), first_col + tl.arange(0, C)
+    w = tl.where((row < num_rows)[:, None] & (col < num_cols)[None, :], tl.abs(w), 0.0)
+    if DIM == 0:
+        tl.store(part_ptr + tl.program_id(1) * num_rows + row, tl.max(w, 1), mask=row < num_rows)
+    else:
+        tl.store(part_ptr + tl.program_id(0) * num_cols + col, tl.max(w, 0), mask=col < num_cols)
+
+
+@triton.jit
+def _dequantize4_fp8(
+    packed_ptr,
+    values_ptr,
+    group_ptr,
+    absmax_ptr,
+    map_ptr,
+    offset_ptr,
+    scale_ptr,
+    out_ptr,
+    num_rows,
+    num_cols,
+    TRANSPOSED: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WORDS: tl.constexpr,
+    NESTED: tl.constexpr,
+):
+    first_row = tl.program_id(0).to(tl.int64) * R
+    first_col = tl.program_id(1).to(tl.int64) * C
+    # fmt: off
+    w = _tile(packed_ptr, values_ptr, group_ptr, absmax_ptr, map_ptr, offset_ptr,
+              first_row, first_col, num_rows, num_cols, R, C, BLOCK, WORDS, NESTED)
+    # fmt: on
+    row, col = first_row + tl.arange(0, R), first_col + tl.arange(0, C)
+    if TRANSPOSED:
+        scale = tl.load(scale_ptr + col, mask=col < num_cols, other=1.0)[None, :]
+    else:
+        scale = tl.load(scale_ptr + row, mask=row < num_rows, other=1.0)[:, None]
+    w = tl.minimum(tl.maximum(w * tl.div_rn(1.0, scale), -448.0), 448.0).to(out_ptr.dtype.element_ty)
+    if TRANSPOSED:  # turned in one byte a weight, so that whole rows of the result are written
+        at = col[:, None] * num_rows + row[None, :]
+        tl.store(out_ptr + at, tl.trans(w), mask=(col < num_cols)[:, None] & (row < num_rows)[None, :])
+    else:
+        at = row[:, None] * num_cols + col[None, :]
+        tl.store(out_ptr + at, w, mask=(row < num_rows)[:, None] & (col < num_cols)[None, :])
+
+
+def cases(device: torch.device | str) -> Iterator[tuple[Tensor, str, int, bool]]:
+    """Matrices (O, I), and table, block and double quantisation: what the twin test runs.
+
+    One weight, odd and ragged ends, several tiles each way, rows that start inside a byte or a block, zeros.
+    """
+    shapes = [(1, 1), (1, 7), (3, 21), (5, 64), (70, 136), (129, 263), (2, 4160), (131, 256)]
+    formats = [("nf4", 64), ("fp4", 32), ("e2m1", 128), ("nf4", 4096)]
+    generator = torch.Generator(device).manual_seed(0)
+    for number, shape in enumerate(shapes):
+        for at, (name, block) in enumerate(formats):
+            w_OI = torch.randn(shape, device=device, generator=generator) * 0.02
+            w_OI.view(-1)[block : 2 * block] = 0.0
+            yield w_OI, name, block, (number + at) % 2 == 0

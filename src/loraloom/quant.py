@@ -1,0 +1,267 @@
+"""Frozen weights in 4 bits that stand where dense ones stood: `module.weight` keeps its name, shape and dtype.
+
+    W[i] = table[code[i]] * absmax[i // block]          y = x W^T, dequantised anew in each product
+
+`Weight4` is a tensor that has no dense storage. The layers' own code (`F.linear`, Conv1D's `addmm`, an
+expert's slice of a fused tensor) finds its products defined; whatever else wants the numbers must ask
+`dense`, so that no dense copy is made unseen.
+
+shapes  (O, I) a matrix, coded row by row; (E, O, I) fused experts, each coded by itself
+units   absmax in weight units, one for each block of a row-major matrix
+source  QLoRA, arXiv:2305.14314, section 3; the layout is bitsandbytes'
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .kernels.matmul_frozen import matmul_frozen
+from .kernels.quant4 import Scales8, dequantize4, quantize4, quantize_scales
+
+WIDE = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels write
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A coded matrix, or one for each of E experts, with a leading E on every tensor.
+
+    shapes  packed (H,) uint8, two codes a byte; absmax (G,) float32, or its 8-bit form
+    """
+
+    packed: Tensor
+    scales: Tensor | Scales8
+    table: str
+    block: int
+    shape: tuple[int, int]  # (O, I) of one matrix
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield self.packed
+        if isinstance(self.scales, Tensor):
+            yield self.scales
+        else:
+            yield from (self.scales.code_G, self.scales.absmax_S, self.scales.offset)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Codes:
+        """The same with every tensor changed, such as moved."""
+        packed, *rest = (change(tensor) for tensor in self.tensors())
+        return replace(self, packed=packed, scales=rest[0] if len(rest) == 1 else Scales8(*rest))
+
+    @property
+    def experts(self) -> int | None:
+        """E, or None for a single matrix."""
+        return len(self.packed) if self.packed.dim() == 2 else None
+
+    @property
+    def numel(self) -> int:
+        """Weights of one matrix."""
+        return self.shape[0] * self.shape[1]
+
+    def expert(self, index: int) -> Codes:
+        """One expert's matrix: views, no copies."""
+        return self.map(lambda tensor: tensor[index])
+
+    def decode(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """The dense matrix (O, I), or (E, O, I); in the flat buffer `out` if there is one."""
+        if self.experts is not None:
+            return torch.stack([self.expert(e).decode(dtype) for e in range(self.experts)])
+        wide = dtype if dtype in WIDE else torch.float32
+        held = out if out is not None and wide == dtype else None
+        w_OI = dequantize4(
+            self.packed,
+            self.scales,
+            table=self.table,
+            shape=self.shape,
+            block=self.block,
+            dtype=wide,
+            out=held,
+        )
+        return w_OI.to(dtype)
+
+
+def encode(w: Tensor, *, table: str = "nf4", block: int = 64, double: bool = True) -> Codes:
+    """Quantise a matrix (O, I), or fused experts (E, O, I) one by one, on the device they are on.
+
+    table   nf4, fp4 or e2m1
+    double  keep the scales in 8 bits
+
+    raises  ValueError if a weight is not finite
+    """
+    if w.dim() == 3:
+        return stack([encode(one, table=table, block=block, double=double) for one in w])
+    packed_H, absmax_G = quantize4(w, table=table, block=block)
+    scales = quantize_scales(absmax_G) if double else absmax_G
+    return Codes(packed_H, scales, table, block, (w.shape[0], w.shape[1]))
+
+
+def stack(parts: Sequence[Codes]) -> Codes:
+    """The codes of several matrices of one shape as those of fused experts."""
+    columns = [torch.stack(tensors) for tensors in zip(*(part.tensors() for part in parts))]
+    fresh = iter(columns)
+    return parts[0].map(lambda _: next(fresh))
+
+
+class Weight4(Tensor):
+    """A frozen weight in 4 bits with the shape and dtype of the dense one it stands for.
+
+    codes    of the matrix as it is quantised, rows along the inputs
+    flipped  whether this tensor is the transpose of the coded matrix (Conv1D keeps W as (I, O))
+    """
+
+    codes: Codes
+    flipped: bool
+
+    @staticmethod
+    def __new__(cls, codes: Codes, dtype: torch.dtype, flipped: bool = False) -> Weight4:
+        shape = codes.shape[::-1] if flipped else codes.shape
+        whole = shape if codes.experts is None else (codes.experts, *shape)
+        self = Tensor._make_wrapper_subclass(cls, whole, dtype=dtype, device=codes.packed.device)
+        self.codes, self.flipped = codes, flipped
+        return self
+
+    @property
+    def nbytes_stored(self) -> int:
+        """Bytes that this weight really takes."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.codes.tensors())
+
+    def again(self, codes: Codes | None = None, dtype: torch.dtype | None = None, flip: bool = False) -> Weight4:
+        """Another tensor on the same or other codes."""
+        return Weight4(codes or self.codes, dtype or self.dtype, self.flipped != flip)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"Weight4({self.codes.table}, {tuple(self.shape)}, {self.dtype}, {self.device})"
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        own = FUNCTIONS.get(func)
+        if own is not None:
+            return own(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        own = OPERATIONS.get(func)
+        if own is None:
+            # a TypeError would be taken for the other operand's turn
+            raise RuntimeError(
+                f"{func} is not defined for a weight in 4 bits: ask loraloom.quant.dense for the numbers"
+            )
+        return own(*args, **(kwargs or {}))
+
+    # torch moves tensors of this kind by exchanging them whole (nn.Module.to)
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        names = [f"part{number}" for number, _ in enumerate(self.codes.tensors())]
+        for name, tensor in zip(names, self.codes.tensors()):
+            self.__dict__[name] = tensor
+        return names, (self.codes, self.dtype, self.flipped)
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], about: Any, size: Any, stride: Any) -> Weight4:
+        codes, dtype, flipped = about
+        parts = iter(inner.values())
+        return Weight4(codes.map(lambda _: next(parts)), dtype, flipped)
+
+
+def product(x: Tensor, w: Weight4, bias: Tensor | None, *, transposed: bool) -> Tensor:
+    """x w^T + bias if transposed, else x w + bias."""
+    if not isinstance(w, Weight4) or isinstance(x, Weight4):
+        raise RuntimeError("a weight in 4 bits can only be the right side of a product")
+    if w.codes.experts is not None:
+        raise RuntimeError("fused experts in 4 bits are multiplied one by one: set experts_implementation=eager")
+    if x.dtype != w.dtype:
+        raise RuntimeError(f"the input is {x.dtype}, the weight in 4 bits stands for {w.dtype}")
+    return matmul_frozen(x, w.codes.decode, w.codes.numel, w.flipped == transposed, bias)
+
+
+def linear(input: Tensor, weight: Weight4, bias: Tensor | None = None) -> Tensor:
+    return product(input, weight, bias, transposed=True)
+
+
+def matmul(input: Tensor, other: Weight4) -> Tensor:
+    return product(input, other, None, transposed=False)
+
+
+def addmm(input: Tensor, mat1: Tensor, mat2: Weight4) -> Tensor:
+    return product(mat1, mat2, input, transposed=False)
+
+
+def item(w: Weight4, index: Any) -> Weight4:
+    """w[...] and, of fused experts, w[e]."""
+    if index is Ellipsis or index == ():
+        return w
+    if w.codes.experts is None or not (isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0)):
+        raise RuntimeError(f"a weight in 4 bits has no slice {index!r}")
+    return w.again(w.codes.expert(int(index)))
+
+
+def transpose(w: Weight4) -> Weight4:
+    return w.again(flip=True)
+
+
+def contiguous(w: Weight4) -> Weight4:
+    return w
+
+
+def copied(w: Weight4, **about: Any) -> Weight4:
+    """The weight elsewhere, or standing for another dtype; the codes stay what they are."""
+    device = about.get("device")
+    codes = w.codes if device is None else w.codes.map(lambda tensor: tensor.to(device))
+    if codes is w.codes:
+        codes = w.codes.map(torch.clone)
+    return w.again(codes, about.get("dtype"))
+
+
+FUNCTIONS: dict[Any, Any] = {
+    F.linear: linear,
+    torch.addmm: addmm,
+    torch.matmul: matmul,
+    Tensor.matmul: matmul,
+    Tensor.__matmul__: matmul,
+    Tensor.__getitem__: item,
+    Tensor.t: transpose,
+    Tensor.T.__get__: transpose,  # type: ignore[attr-defined]
+    Tensor.contiguous: contiguous,
+}
+aten = torch.ops.aten
+OPERATIONS: dict[Any, Any] = {
+    aten.detach.default: Weight4.again,
+    aten.alias.default: Weight4.again,
+    aten.clone.default: lambda w, **_: copied(w),
+    aten._to_copy.default: copied,
+}
+
+
+def quantized(
+    w: Tensor, *, table: str = "nf4", block: int = 64, double: bool = True, flipped: bool = False
+) -> nn.Parameter:
+    """A dense weight as a frozen parameter in 4 bits.
+
+    flipped  the weight is kept as (I, O), so its transpose is what is coded
+    """
+    codes = encode(w.detach().T if flipped else w.detach(), table=table, block=block, double=double)
+    return nn.Parameter(Weight4(codes, w.dtype, flipped), requires_grad=False)
+
+
+def dense(w: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The numbers of any weight, detached: a 4-bit one is dequantised straight to `dtype`, its own if None."""
+    if not isinstance(w, Weight4):
+        return w.detach() if dtype is None else w.detach().to(dtype)
+    m = w.codes.decode(dtype or w.dtype)
+    return m.transpose(-1, -2) if w.flipped else m
+
+
+def stored_bytes(w: Tensor) -> int:
+    """Bytes that a tensor takes."""
+    return w.nbytes_stored if isinstance(w, Weight4) else w.numel() * w.element_size()
+
+
+def bits_per_parameter(model: nn.Module) -> float | None:
+    """Bits of the weights in 4 bits, scales included; None if there are none."""
+    held = [p for p in model.parameters() if isinstance(p, Weight4)]
+    return 8 * sum(map(stored_bytes, held)) / sum(p.numel() for p in held) if held else None
