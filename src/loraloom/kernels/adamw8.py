@@ -80,7 +80,8 @@ def adamw8_reference(
         v = dequantize8(v_N[part], v_absmax_G[blocks], map_u).mul_(betas[1])
         m.add_(g * (1.0 - betas[0]))
         v.add_((g * g).mul_(1.0 - betas[1]))
-        move = (m / v.sqrt().mul_(correct).add_(eps)).mul_(rate)
+        root = v.double().sqrt_().float()  # torch's own float32 root on a CPU is not correctly rounded
+        move = (m / root.mul_(correct).add_(eps)).mul_(rate)
         p_N[part] = p_N[part].float().mul(keep).sub_(move).to(p_N.dtype)
         m_N[part], m_absmax_G[blocks] = quantize8(m, map_s)
         v_N[part], v_absmax_G[blocks] = quantize8(v, map_u)

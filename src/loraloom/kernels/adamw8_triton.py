@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """The Triton kernel of `adamw8`: a program reads, moves and writes one block of 256 elements.
 
 A code is found by eight steps of binary search over 255 midpoints; both tables are small enough to stay in the
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,9 +25,9 @@ def launch(tensors: Sequence[Tensor], maps: Sequence[Tensor], scalars: Sequence[
     """Run the kernel on (p, grad, m, v, m_absmax, v_absmax), the four tables, and the factors."""
     n = tensors[0].numel()
     if n:
-        _adamw8[(num_blocks(n),)](
-            *tensors, *maps, *scalars, n, TINY, BLOCK=BLOCK8, num_warps=WARPS, enable_fp_fusion=False
-        )
+        form = {"BLOCK": BLOCK8, "num_warps": WARPS, "enable_fp_fusion": False}
+        with torch.cuda.device_of(tensors[0]):
+            _adamw8[(num_blocks(n),)](*tensors, *maps, *scalars, n, TINY, **form)
 
 
 @triton.jit

@@ -254,10 +254,10 @@ def _dequantize4_fp8(
     # fmt: on
     row, col = first_row + tl.arange(0, R), first_col + tl.arange(0, C)
     if TRANSPOSED:
-        scale = tl.load(scale_ptr + col, mask=col < num_cols, other=1.0)[None, :]
+        inverse = tl.div_rn(1.0, tl.load(scale_ptr + col, mask=col < num_cols, other=1.0))[None, :]
     else:
-        scale = tl.load(scale_ptr + row, mask=row < num_rows, other=1.0)[:, None]
-    w = tl.minimum(tl.maximum(w * tl.div_rn(1.0, scale), -448.0), 448.0).to(out_ptr.dtype.element_ty)
+        inverse = tl.div_rn(1.0, tl.load(scale_ptr + row, mask=row < num_rows, other=1.0))[:, None]
+    w = tl.minimum(tl.maximum(w * inverse, -448.0), 448.0).to(out_ptr.dtype.element_ty)
     if TRANSPOSED:  # turned in one byte a weight, so that whole rows of the result are written
         at = col[:, None] * num_rows + row[None, :]
         tl.store(out_ptr + at, tl.trans(w), mask=(col < num_cols)[:, None] & (row < num_rows)[None, :])
