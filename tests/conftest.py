@@ -20,7 +20,9 @@ from loraloom.small_model import small_model
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU then; read when triton is imported
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # kernels run on the CPU then; read when triton is imported
 
 
 @pytest.fixture(scope="session", autouse=True)

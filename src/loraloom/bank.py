@@ -245,7 +245,7 @@ class Bank:
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """W0 plus the active adapters' deltas, in the module's own layout: summed in float32, rounded once."""
-        own = self.module.weight.dtype  # type: ignore[union-attr]
+        own = self.module.weight.dtype
         assert isinstance(own, torch.dtype)
         total = self.layer.matrix(self.layer.whole_weight(torch.promote_types(own, torch.float32))).clone()
         for name in self.flow.active:

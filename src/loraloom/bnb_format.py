@@ -65,7 +65,9 @@ class Stored:
         absmax = self.read(".absmax")
         if ".nested_absmax" not in self.parts:
             return absmax.float()
-        own = torch.equal(self.read(".nested_quant_map"), dynamic_map(signed=True, device=torch.device("cpu")))
+        own = torch.equal(
+            self.read(".nested_quant_map"), dynamic_map(signed=True, device=torch.device("cpu"))
+        )
         if not own or state["nested_blocksize"] != NESTED_BLOCK:
             raise UserError(f"{self.name}: its scales are quantised otherwise than bitsandbytes does")
         offset = torch.tensor(state["nested_offset"], dtype=torch.float32)
@@ -108,7 +110,9 @@ def file_tensors(name: str, w: Weight4) -> dict[str, Tensor]:
     codes = w.codes
     if codes.table not in TABLES or codes.experts is not None:
         what = "fused experts" if codes.experts is not None else codes.table
-        raise UserError(f"{name}: bitsandbytes' format has no place for {what} in 4 bits", hint="use nf4 or fp4")
+        raise UserError(
+            f"{name}: bitsandbytes' format has no place for {what} in 4 bits", hint="use nf4 or fp4"
+        )
     about: dict[str, Any] = {
         "quant_type": codes.table,
         "blocksize": codes.block,
@@ -120,7 +124,11 @@ def file_tensors(name: str, w: Weight4) -> dict[str, Tensor]:
     if isinstance(s, Scales8):
         tensors |= {".absmax": s.code_G, ".nested_absmax": s.absmax_S}
         tensors[".nested_quant_map"] = dynamic_map(signed=True, device=torch.device("cpu"))
-        about |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": float(s.offset)}
+        about |= {
+            "nested_blocksize": NESTED_BLOCK,
+            "nested_dtype": "float32",
+            "nested_offset": float(s.offset),
+        }
     else:
         tensors[".absmax"] = s
     tensors[STATE + codes.table] = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)

@@ -32,26 +32,30 @@ class Incoming:
     keep: Sequence[str] = ()
     on_weight: Callable[[str], None] = lambda name: None
     experts: list[str] = field(default_factory=list)  # fused experts that stayed in 16 bits
+    misfits: list[str] = field(default_factory=list)  # weights of another shape than the model's
 
-    def __call__(self, arrival: Arrival) -> Tensor:
+    def __call__(self, arrival: Arrival) -> Tensor | None:
         value = arrival.value.to(self.device)
         turned = kind_of(arrival.module) is Conv1DLayer
-        if isinstance(value, Weight4):
-            value = value.T if turned else value  # checkpoints in 4 bits hold every matrix as (O, I)
-        elif self.table is not None and self.is_meant(arrival):
-            try:
-                value = quantized(
-                    value, table=self.table, block=self.block, double=self.double, flipped=turned
-                )
-            except ValueError as error:
-                raise broken(arrival.name, value) from error
+        if isinstance(value, Weight4) and turned:
+            value = value.T  # checkpoints in 4 bits hold every matrix as (O, I)
+        if value.shape != getattr(arrival.module, arrival.name.rpartition(".")[2]).shape:
+            self.misfits.append(arrival.name)
+            return None
         self.on_weight(arrival.name)
-        return value
+        if self.table is None or isinstance(value, Weight4) or not self.is_meant(arrival):
+            return value
+        try:
+            return quantized(value, table=self.table, block=self.block, double=self.double, flipped=turned)
+        except ValueError as error:
+            raise broken(arrival.name, value) from error
 
     def is_meant(self, arrival: Arrival) -> bool:
         """Whether a weight goes into 4 bits: linear layers but the head, and fused experts."""
         path, _, leaf = arrival.name.rpartition(".")
-        if arrival.kept or any(path == k or path.endswith("." + k) or f".{k}." in f".{path}." for k in self.keep):
+        if arrival.kept or any(
+            path == k or path.endswith("." + k) or f".{k}." in f".{path}." for k in self.keep
+        ):
             return False
         if path.rpartition(".")[2] == EXPERTS and arrival.value.dim() == 3:
             if runs_one_by_one(arrival.model):

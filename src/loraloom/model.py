@@ -124,9 +124,13 @@ def load_model(
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(
             f"the model's weights do not fit on {device}",
-            details=[f"{source.path} has {find_weights(source.path).bytes / 1e9:.1f} GB of weights on the disk"],
+            details=[
+                f"{source.path} has {find_weights(source.path).bytes / 1e9:.1f} GB of weights on the disk"
+            ],
             hint="use a smaller model, model.quantize=nf4, or model.device=cpu",
         ) from error
+    report["missing_keys"] = set(report["missing_keys"]) - set(incoming.misfits)
+    report["mismatched_keys"] = [(name,) for name in incoming.misfits]
     notes = check_report(source.path, report, new_weights) + notes_of(incoming)
     check_vocabulary(source.path, model, tokenizer)
     if any(isinstance(p, Weight4) and p.codes.experts for p in model.parameters()):
@@ -144,7 +148,7 @@ def read_weights(
     state = bnb_format.open_state(weights.paths) if bnb_format.is_bnb4(about) else None
     with quiet(), passing(take) as hook, counted("weights", shown=progress) as step:
         take.on_weight = step
-        return from_folder(  # type: ignore[no-any-return]
+        return from_folder(
             factory,
             folder,
             state=state,

@@ -39,7 +39,7 @@ class Arrival:
     kept: bool
 
 
-Take = Callable[[Arrival], Tensor]  # gives what enters the model
+Take = Callable[[Arrival], Tensor | None]  # gives what enters the model; None leaves the weight missing
 _take: ContextVar[Take] = ContextVar("take")
 
 
@@ -51,7 +51,7 @@ def passing(take: Take) -> Iterator[dict[str, Any]]:
     """
     raised: list[Exception] = []
 
-    def careful(arrival: Arrival) -> Tensor:
+    def careful(arrival: Arrival) -> Tensor | None:
         if raised:
             raise raised[0]  # transformers goes on to the next weight
         try:
@@ -82,13 +82,15 @@ class HandOver(ConversionOps):
         self.kept = kept
 
     @torch.no_grad()
-    def convert(self, input_dict: dict[str, Any], *, model: Any, **_: Any) -> dict[str, Tensor]:
-        taken = {}
+    def convert(self, input_dict: dict[str, Any], *patterns: Any, **about: Any) -> dict[str, Any]:
+        model, taken = about["model"], {}
         for name, value in input_dict.items():
             tensor = value[0] if isinstance(value, list) else value
             path = name.rpartition(".")[0]
             arrival = Arrival(model, name, model.get_submodule(path), tensor, path in self.kept)
-            taken[name] = frozen(_take.get()(arrival))
+            entering = _take.get()(arrival)
+            if entering is not None:
+                taken[name] = frozen(entering)
         return taken
 
 
@@ -107,20 +109,21 @@ class OnLoadQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
         self.kept = set(self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules))
 
-    def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+    def param_needs_quantization(self, model: Any, param_name: str, **about: Any) -> bool:
         path, _, leaf = param_name.rpartition(".")
         return leaf in model.get_submodule(path)._parameters
 
     def get_quantize_ops(self) -> HandOver:
         return HandOver(self.kept)
 
-    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         """Nothing of us stays on the model: it is saved, moved and asked like any other."""
         for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
             config.__dict__.pop("quantization_config", None)
             config.__dict__.pop("_is_quantized", None)
-        for name in ("hf_quantizer", "quantization_method", "is_quantized"):
-            model.__dict__.pop(name, None)
+        for leaf in ("hf_quantizer", "quantization_method", "is_quantized"):
+            model.__dict__.pop(leaf, None)
+        return model
 
     def is_serializable(self) -> bool:
         return True

@@ -92,7 +92,7 @@ class AdamW8bit(torch.optim.Optimizer):
                     whole = self.advance(parameter)
                     (away if self.on_host(parameter) else here).append(whole)
             self.update(group, here, [self.moments(part) for part in here])
-            for pieces in cut([part.stop for part in away]):
+            for pieces in cut([part.stop for part in away], PIECE):
                 parts = [away[index]._replace(start=start, stop=stop) for index, start, stop in pieces]
                 loads.append(Load([self.moments(part) for part in parts], partial(self.update, group, parts)))
         if self.pager is not None:

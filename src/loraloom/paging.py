@@ -173,7 +173,7 @@ def padded(numel: int) -> int:
     return -(-numel // ALIGN) * ALIGN
 
 
-def cut(numels: Sequence[int], piece: int = PIECE) -> list[list[tuple[int, int, int]]]:
+def cut(numels: Sequence[int], piece: int) -> list[list[tuple[int, int, int]]]:
     """Tensors as loads of parts (which tensor, start, stop): small ones share a load, large ones are cut."""
     loads: list[list[tuple[int, int, int]]] = [[]]
     left = piece

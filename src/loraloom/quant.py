@@ -129,11 +129,13 @@ class Weight4(Tensor):
         """Bytes that this weight really takes."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.codes.tensors())
 
-    def again(self, codes: Codes | None = None, dtype: torch.dtype | None = None, flip: bool = False) -> Weight4:
+    def again(
+        self, codes: Codes | None = None, dtype: torch.dtype | None = None, flip: bool = False
+    ) -> Weight4:
         """Another tensor on the same or other codes."""
         return Weight4(codes or self.codes, dtype or self.dtype, self.flipped != flip)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Weight4({self.codes.table}, {tuple(self.shape)}, {self.dtype}, {self.device})"
 
     @classmethod
@@ -145,7 +147,9 @@ class Weight4(Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         own = OPERATIONS.get(func)
         if own is None:
             # a TypeError would be taken for the other operand's turn
@@ -173,7 +177,9 @@ def product(x: Tensor, w: Weight4, bias: Tensor | None, *, transposed: bool) -> 
     if not isinstance(w, Weight4) or isinstance(x, Weight4):
         raise RuntimeError("a weight in 4 bits can only be the right side of a product")
     if w.codes.experts is not None:
-        raise RuntimeError("fused experts in 4 bits are multiplied one by one: set experts_implementation=eager")
+        raise RuntimeError(
+            "fused experts in 4 bits are multiplied one by one: set experts_implementation=eager"
+        )
     if x.dtype != w.dtype:
         raise RuntimeError(f"the input is {x.dtype}, the weight in 4 bits stands for {w.dtype}")
     return matmul_frozen(x, w.codes.decode, w.codes.numel, w.flipped == transposed, bias)
@@ -195,7 +201,9 @@ def item(w: Weight4, index: Any) -> Weight4:
     """w[...] and, of fused experts, w[e]."""
     if index is Ellipsis or index == ():
         return w
-    if w.codes.experts is None or not (isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0)):
+    if w.codes.experts is None or not (
+        isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0)
+    ):
         raise RuntimeError(f"a weight in 4 bits has no slice {index!r}")
     return w.again(w.codes.expert(int(index)))
 

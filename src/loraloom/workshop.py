@@ -78,7 +78,7 @@ class Workshop:
 
     @property
     def micro_tokens(self) -> int:
-        assert self.config.train.micro_tokens != "auto"
+        assert isinstance(self.config.train.micro_tokens, int)
         return self.config.train.micro_tokens
 
     @property

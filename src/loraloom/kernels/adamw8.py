@@ -24,6 +24,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,3 +129,19 @@ def check8(
         raise ValueError(f"{n:,} elements need {num_blocks(n):,} scales; got tensors of {sizes}")
     if not all(t.is_contiguous() for t in (p_N, grad_N, m_N, v_N, m_absmax_G, v_absmax_G)):
         raise ValueError("8-bit AdamW works on contiguous tensors")
+
+
+def cases(device: torch.device) -> Iterator[tuple[tuple[Tensor, ...], dict[str, Any]]]:
+    """What the twin test runs: one element, full and short blocks, a block without gradient, every dtype, late steps."""
+    generator = torch.Generator().manual_seed(0)
+    for n in (1, 256, 257, 1000, 4096, 5000):
+        for dtype in DTYPES:
+            for step in (1, 2, 1000):
+                scale = torch.randn(4, n, generator=generator).exp()
+                p, grad = (torch.randn(2, n, generator=generator) * scale[:2]).to(dtype)
+                grad[256:512] = 0
+                code = torch.randint(0, 256, (2, n), generator=generator).to(torch.uint8)
+                absmax = torch.rand(2, num_blocks(n), generator=generator) * (step > 1)
+                tensors = (p, grad, *code, *absmax)
+                rule = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "step": step}
+                yield tuple(t.to(device).clone() for t in tensors), rule

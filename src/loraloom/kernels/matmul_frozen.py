@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Decode = Callable[[torch.dtype, Tensor | None], Tensor]  # a dense matrix in a dtype, in a flat buffer if given
+Decode = Callable[
+    [torch.dtype, Tensor | None], Tensor
+]  # a dense matrix in a dtype, in a flat buffer if given
 
 _buffers: dict[tuple[Any, ...], Tensor] = {}
 
@@ -49,7 +51,7 @@ def matmul_frozen(x: Tensor, decode: Decode, numel: int, flipped: bool, bias: Te
 
     decode  gives M in a dtype, written into the flat buffer that it is handed
     """
-    return _Product.apply(x, bias, decode, numel, flipped)  # type: ignore[no-any-return]
+    return _Product.apply(x, bias, decode, numel, flipped)
 
 
 class _Product(torch.autograd.Function):
@@ -62,7 +64,7 @@ class _Product(torch.autograd.Function):
         return F.linear(x, m.T if flipped else m, bias)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx = db = None
         if ctx.needs_input_grad[0]:

@@ -153,21 +153,22 @@ def _tile(
     NESTED: tl.constexpr,
 ):
     """Float32 weights (R, C); outside the matrix any number."""
-    STEP: tl.constexpr = 8 if WORDS else 1
-    row = first_row + tl.arange(0, R)[:, None]
-    col = first_col + tl.arange(0, C // STEP)[None, :] * STEP
+    STEP: tl.constexpr = 8 if WORDS else 1  # weights an element; elements in one line, so that lanes lie along rows
+    at = tl.arange(0, R * C // STEP)
+    row = first_row + at // (C // STEP)
+    col = first_col + at % (C // STEP) * STEP
     inside = (row < num_rows) & (col < num_cols)
     n = row * num_cols + col
     scale = _scale(group_ptr, absmax_ptr, map_ptr, offset_ptr, n // BLOCK, inside, NESTED)
     if WORDS:
         word = tl.load(packed_ptr + n // 8, mask=inside, other=0)
         shift = (tl.arange(0, 8) ^ 1) * 4  # of two codes the first is in the high half
-        code = (word[:, :, None] >> shift[None, None, :]) & 15
-        return tl.reshape(tl.load(values_ptr + code) * scale[:, :, None], (R, C))
+        code = (word[:, None] >> shift[None, :]) & 15
+        w = tl.load(values_ptr + code) * scale[:, None]
     else:
         byte = tl.load(packed_ptr + n // 2, mask=inside, other=0).to(tl.int32)
-        code = (byte >> ((n % 2) ^ 1).to(tl.int32) * 4) & 15
-        return tl.load(values_ptr + code) * scale
+        w = tl.load(values_ptr + ((byte >> ((n % 2) ^ 1).to(tl.int32) * 4) & 15)) * scale
+    return tl.reshape(w, (R, C))
 
 
 @triton.jit
