@@ -27,6 +27,7 @@ LAYERS = [
     ["small_model", "hub", "on_load", "incoming", "bnb_format", "model", "facts", "doctor"],
     ["generate", "heldout", "rundir", "conversation"],
     ["workshop", "samples", "checkpoint", "train"],
+    ["trace", "sdpa", "skeleton", "shapes", "workload", "memory", "oom", "fit", "plan"],
     ["results", "figures", "curves", "verdict", "card", "sections", "report"],
     ["evaluate", "verify", "chat", "finish", "look", "use", "api"],
     ["console", "cli", "__main__"],
@@ -38,7 +39,7 @@ PACKAGES = {
 }  # folders; inside them files import each other as they like, without circles
 
 DOORS = {
-    "transformers": {"pretrained", "convert_sources", "on_load", "model"},
+    "transformers": {"pretrained", "convert_sources", "on_load", "model", "skeleton"},
     "tokenizers": {"gguf_tokenizer"},
     "gguf": {"gguf_model"},
     "datasets": {"data"},

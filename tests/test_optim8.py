@@ -26,14 +26,18 @@ from loraloom.optim import load_state, make_optimizer, set_rates, state_tensors
 from loraloom.optim8 import AdamW8bit, PagedAdamW, host_bytes, staging_bytes, state_bytes
 from loraloom.paging import ALIGN, SLOTS, CudaLanes, cut, padded
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of an import that tells of missing GPUs
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU")
 RULE: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.05}
+
+
+@pytest.fixture
+def bitsandbytes() -> Any:
+    """The package; it warns on import where there is no GPU."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("bitsandbytes")
 
 
 class AnyOrder:
@@ -127,7 +131,8 @@ def test_the_kernel_is_its_definition_bit_for_bit() -> None:
                 assert torch.equal(one, other), (one.shape, one.dtype, rule["step"])
 
 
-@pytest.mark.parametrize("numel", [4096, 19_001])
+@pytest.mark.usefixtures("bitsandbytes")
+@pytest.mark.parametrize("numel", [4096, 9_001])
 def test_a_hundred_steps_are_those_of_bitsandbytes_definition(numel: int) -> None:
     """Codes are compared at every step; one moment at a midpoint may round the other way after one last bit."""
     from bitsandbytes.backends.triton.kernels_optim import (
@@ -157,7 +162,7 @@ def test_a_hundred_steps_are_those_of_bitsandbytes_definition(numel: int) -> Non
     assert (ours - theirs).norm() < 1e-3 * moved
 
 
-def test_bitsandbytes_optimizer_goes_the_same_way() -> None:
+def test_bitsandbytes_optimizer_goes_the_same_way(bitsandbytes: Any) -> None:
     """Its CPU code misses the nearest entry now and then (3 % of second moments), its CUDA code divides roughly.
 
     So the first step, which sees no code, is equal to rounding, and most codes after it; later ours must be the
@@ -207,7 +212,7 @@ def test_a_regression_is_solved_as_with_float32_moments() -> None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             assert weight.grad is None
-        losses[name] = float(loss)
+        losses[name] = loss.item()
     assert losses["32"] < 0.3  # from about 64
     assert losses["8"] == pytest.approx(losses["32"], rel=0.02)
 
@@ -217,13 +222,13 @@ def test_wrong_tensors_are_refused() -> None:
     short = [*tensors[:5], torch.zeros(2)]
     with pytest.raises(ValueError, match="1 elements need 1 scales"):
         kernel.adamw8(*short, **rule)
-    with pytest.raises(TypeError, match="not torch.float64"):
+    with pytest.raises(TypeError, match="by torch"):
         kernel.adamw8(tensors[0].double(), *tensors[1:], **rule)
-    with pytest.raises(TypeError, match="uint8, not torch.int8"):
+    with pytest.raises(TypeError, match="8-bit moments are uint8"):
         kernel.adamw8(*tensors[:2], tensors[2].to(torch.int8), *tensors[3:], **rule)
+    strided = torch.zeros(512)[::2]
+    codes, scales = torch.zeros(2, 256, dtype=torch.uint8), torch.zeros(2, 1)
     with pytest.raises(ValueError, match="contiguous"):
-        strided = torch.zeros(512)[::2]
-        codes, scales = torch.zeros(2, 256, dtype=torch.uint8), torch.zeros(2, 1)
         kernel.adamw8(strided, torch.zeros(256), *codes, *scales, **rule)
     with pytest.raises(ValueError, match="8 or 32 bits, not 16"):
         AdamW8bit(parameters((2, 2)), bits=16)
@@ -306,7 +311,7 @@ def test_it_is_an_optimizer_of_torch() -> None:
 
     first = optimizer.step(closure)
     assert seen == ["before", "after"]
-    assert float(optimizer.step(closure)) < float(first)
+    assert optimizer.step(closure).item() < first.item()
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
     optimizer.step(closure)
     schedule.step()
@@ -421,8 +426,11 @@ def test_the_bytes_of_paged_state_are_those_of_the_tensors(name: str) -> None:
 @pytest.mark.parametrize("order", [*permutations(("in", "main", "out")), *range(12)])
 @pytest.mark.parametrize("bits", [8, 32])
 def test_paging_changes_no_bit_in_whatever_order_the_lanes_run(bits: int, order: Any) -> None:
-    """Two groups, tensors longer than a slot and shorter; steps are queued behind each other without a stop."""
-    ours = [p.cpu() for p in parameters((80, 70), (301,), (40, 40), (299,), (5000,))]
+    """Two groups, tensors longer than a slot and shorter; steps are queued behind each other without a stop.
+
+    In some steps gradients are missing, so that a part goes through another slot than the step before.
+    """
+    ours = [p.cpu() for p in parameters((80, 70), (301,), (40, 40), (299,), (5000,), (600,))]
     ours = copies(ours)
     theirs = copies(ours)
     groups = lambda p: [{"params": p[:2], "weight_decay": 0.0}, {"params": p[2:], "lr": 0.03}]  # noqa: E731
@@ -431,6 +439,8 @@ def test_paging_changes_no_bit_in_whatever_order_the_lanes_run(bits: int, order:
     resident = AdamW8bit(groups(theirs), bits=bits, **RULE)
     for step in range(1, 8):
         give_gradients(step, ours, theirs)
+        for left_out in ours[:5] + theirs[:5] if step % 2 == 0 else ():
+            left_out.grad = None
         paged.step()
         resident.step()
         if step in (3, 7):
@@ -463,12 +473,12 @@ def test_paging_without_a_gpu_is_refused_with_a_reason() -> None:
         with pytest.raises(UserError, match="this run has no GPU") as refused:
             make_optimizer(groups, TrainConfig(optimizer=name, paged=True))  # type: ignore[arg-type]
         assert "leave train.paged out" in str(refused.value)
-    with pytest.raises(UserError, match="train.optimizer is sgd"):
+    with pytest.raises(UserError, match="AdamW's moments"):
         make_optimizer(groups, TrainConfig(optimizer="sgd", paged=True))
     with pytest.raises(ValueError, match="a CUDA device, not cpu"):
         PagedAdamW([nn.Parameter(torch.zeros(4))])
+    two = [nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4, device="meta"))]
     with pytest.raises(ValueError, match="to one GPU, not to"):
-        two = [nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4, device="meta"))]
         PagedAdamW(two, lanes=AnyOrder(0))
 
 

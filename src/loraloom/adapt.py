@@ -26,15 +26,20 @@ from .targets import Target, select
 
 
 class Adapters:
-    """All adapters of one model, and which of them are in use."""
+    """All adapters of one model, and which of them are in use.
 
-    def __init__(self, model: nn.Module) -> None:
+    device  where the adapters' tensors live, each layer's own device by default; a model on meta needs one
+            for adapters that have numbers
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device | str | None = None) -> None:
         if carries_adapters(model):
             raise UserError(
                 "this model carries adapters already",
                 hint="add to the object that attach() returned, or detach() it",
             )
         self.model = model
+        self.device = None if device is None else torch.device(device)
         self.flow = Flow()
         self.adapters: dict[str, Adapter] = {}
         self.merged: tuple[str, ...] = ()
@@ -88,12 +93,13 @@ class Adapters:
     ) -> Adapter:
         self.flow.seeds[name] = seed_of(spec.seed, name="dropout")
         for whole in saved:  # each with copies of its own: PEFT too lets a head part from its table
-            self._forwards.overlay(whole).add(name, None, {})
+            self._forwards.overlay(whole).add(name, None, {}, self.device)
         self._train_biases(name, spec, targets, saved)
         layers = [self._layer(target) for target in targets]
         methods = [spec.at(method, target) for target in targets]
         gens = [torch.Generator().manual_seed(seed_of(spec.seed, name=target.key)) for target in targets]
-        made = place(init_sites(methods, layers, gens), [layer.module.weight.device for layer in layers])  # type: ignore[misc]
+        homes: list[torch.device] = [self.device or layer.module.weight.device for layer in layers]  # type: ignore[misc]
+        made = place(init_sites(methods, layers, gens), homes)
         sites = {}
         for target, layer, own_method, p in zip(targets, layers, methods, made):
             site = Site(layer, own_method, p)
@@ -142,7 +148,7 @@ class Adapters:
             whole = any(name == s or name.startswith(s + ".") for s in saved)
             wanted = spec.bias == "all" or name in chosen
             if wanted and not whole and isinstance(module._parameters.get("bias"), nn.Parameter):
-                self._forwards.overlay(name).add(adapter, ["bias"], copies)
+                self._forwards.overlay(name).add(adapter, ["bias"], copies, self.device)
 
     def _modules_named(self, wanted: Sequence[str]) -> list[str]:
         """The full names of the modules to train whole.

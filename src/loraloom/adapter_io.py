@@ -55,12 +55,14 @@ def save_adapter(
     name: str | None = None,
     *,
     base_model: str | None = None,
+    trained_on: Mapping[str, Any] | None = None,
     **about: Any,
 ) -> None:
     """Write one adapter as a PEFT folder; the files that stand there under other names are left alone.
 
     name        which adapter; the only one if there is one
     base_model  the base's id, for whoever loads the folder
+    trained_on  how the base was kept (model.quantize ...): PEFT's settings have no word for it
     about       further fields of adapter_config.json, such as revision or task_type
 
     raises  NonFinite if a tensor is not finite: nothing is written then
@@ -73,6 +75,7 @@ def save_adapter(
         raise NonFinite(f"adapter {adapter.name} is not finite and was not written", details=bad[:10])
     config = peft_settings(adapters, adapter) | {"base_model_name_or_path": base_model} | about
     own = {"format": 1, "spec": spec_json(adapter.spec), "targets": list(adapter.sites)}
+    own |= {"trained_on": dict(trained_on)} if trained_on else {}
     files.write_json(folder / CONFIG, dict(sorted(config.items())))
     files.write_json(folder / OWN, own)
     files.write_bytes(folder / WEIGHTS, serialise(tensors, {"format": "pt"}))
@@ -209,10 +212,12 @@ def misfits(adapters: Adapters, adapter: Adapter, tensors: Mapping[str, Tensor])
 
 
 def same(own: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are equal in the coarser of their number formats."""
-    own = own.detach().cpu()
+    """Whether two tensors are equal in the coarser of their number formats; on meta, whether they could be."""
     if own.shape != other.shape:
         return False
+    if own.is_meta:
+        return True
+    own = own.detach().cpu()
     return torch.equal(own.to(other.dtype), other) or torch.equal(own, other.to(own.dtype))
 
 
@@ -259,6 +264,13 @@ def read_tensors(folder: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
 def spec_json(spec: AdapterSpec) -> dict[str, Any]:
     values = asdict(spec)
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+def trained_on(folder: Path) -> dict[str, Any]:
+    """How the base was kept that an adapter folder was trained on; empty for a dense one, or if nobody says."""
+    own_spec(folder)  # raises if the file is broken
+    path = folder / OWN
+    return dict(json.loads(path.read_text(encoding="utf-8")).get("trained_on", {})) if path.is_file() else {}
 
 
 def own_spec(folder: Path) -> AdapterSpec | None:

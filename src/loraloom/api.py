@@ -20,12 +20,14 @@ from typing import Any
 import torch
 
 from . import card, finish
+from . import plan as plans
 from .checkpoint import Progress, clear, discard_diverged, restore, save_best, save_checkpoint
 from .config import RunConfig, flatten, resolve
 from .data import Examples
 from .data import cache as store
 from .errors import Failure, NonFinite, OutOfMemory, UserError
 from .files import write_json, write_text
+from .fit import find_gpu
 from .report import build_report
 from .rundir import Run, refuse_taken
 from .small_model import cache_folder
@@ -33,7 +35,7 @@ from .train import train_loop
 from .use import Opened, converse, evaluate, merge, open_target
 from .workshop import Workshop, build
 
-__all__ = ["Opened", "Run", "converse", "evaluate", "merge", "open_target", "resume", "train"]
+__all__ = ["Opened", "Run", "converse", "evaluate", "merge", "open_target", "plan", "resume", "train"]
 Listener = Callable[[str, Any], None]
 
 
@@ -75,6 +77,40 @@ def train(
     run = Run.create(chosen.output, shop.config, origins, argv or sys.argv, **machine, **number_format)
     keep_data(shop, run)
     return go(shop, run, Progress(), listen)
+
+
+def plan(
+    config: Path | str | None = None,
+    *,
+    shape: str | None = None,
+    gpu: str | None = None,
+    length: int | None = None,
+    fit: bool = False,
+    offline: bool = False,
+    progress: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    **named: Any,
+) -> dict[str, Any]:
+    """What a run would take, before any weight is loaded: the fields of plan.Plan.
+
+    config, settings, named  as in `train`; only the model must be named
+    shape                    a published model's shape instead, such as "llama3-8b"
+    gpu                      what to fit into, such as "80GB"; None: the first GPU here
+    length                   tokens of the longest example, instead of the data's
+    fit                      plan for the largest pass that fits
+
+    raises  UserError for settings that do not fit the model, or if nothing fits
+    """
+    chosen = plans.settings_of(config, {**(settings or {}), **named})
+    return plans.plan(
+        chosen,
+        shape=shape,
+        gpu=find_gpu(gpu),
+        length=length,
+        fit=fit,
+        offline=offline,
+        progress=progress,
+    ).to_dict()
 
 
 def resume(

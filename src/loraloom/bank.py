@@ -243,15 +243,18 @@ class Bank:
     # ---- merging ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def merged_weight(self) -> Tensor:
-        """W0 plus the active adapters' deltas, in the module's own layout: summed in float32, rounded once."""
+    def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """W0 plus the active adapters' deltas, in the module's own layout: summed in float32, rounded once.
+
+        dtype  to round to, the weight's own if None
+        """
         own = self.module.weight.dtype
         assert isinstance(own, torch.dtype)
         total = self.layer.matrix(self.layer.whole_weight(torch.promote_types(own, torch.float32))).clone()
         for name in self.flow.active:
             for site in self.sites.get(name, ()):
                 total += site.layer.spread(site.method.delta(site.layer, site.p).detach().to(total))
-        return self.layer.like_weight(total).to(own).contiguous()
+        return self.layer.like_weight(total).to(dtype or own).contiguous()
 
 
 def wide_segment(parts: list[tuple[int, Site, Pair]], many: bool) -> Segment:

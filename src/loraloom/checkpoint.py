@@ -114,7 +114,15 @@ def save_best(shop: Workshop, run: Run, progress: Progress) -> None:
 def write_adapter(shop: Workshop, folder: Path) -> None:
     source = shop.loaded.source
     about: dict[str, Any] = {"revision": source.commit} if source.commit else {}
-    save_adapter(shop.adapters, folder, base_model=shop.config.model.id, **about)
+    model = shop.config.model
+    kept = model.model_dump(include={"quantize", "double_quant", "quant_block"})
+    save_adapter(
+        shop.adapters,
+        folder,
+        base_model=model.id,
+        trained_on=kept if model.quantize != "none" else None,
+        **about,
+    )
     files.write_json(folder / "style.json", shop.style.to_dict())
 
 

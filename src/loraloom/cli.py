@@ -190,6 +190,71 @@ def run_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def given(
+    config: str | None,
+    config_file: str | None,
+    seed: int | None,
+    settings: tuple[str, ...],
+    named: dict[str, Any],
+) -> tuple[str | None, dict[str, Any]]:
+    """The configuration file and the settings that the options of a run name."""
+    if config and config_file:
+        raise UserError(f"two configuration files: {config} and {config_file}", hint="name one of them")
+    chosen = {key: value for key, value in named.items() if value is not None}
+    chosen |= {"train.seed": seed} if seed is not None else {}
+    return config or config_file, chosen | dict(map(parse_setting, settings))
+
+
+@cli.command()
+@run_options
+@click.option("--shape", help="A published model's shape, such as llama3-8b or gpt3-175b; needs no files.")
+@click.option("--tokens", type=click.IntRange(min=1), help="Tokens of a pass: train.micro_tokens.")
+@click.option(
+    "--length", type=click.IntRange(min=1), help="Tokens of the longest example, instead of the data's."
+)
+@click.option("--gpu", help="Memory to fit into, such as 80GB; without it the first GPU here.")
+@click.option("--fit", is_flag=True, help="Plan for the largest pass that fits.")
+@with_json
+def plan(
+    config: str | None,
+    config_file: str | None,
+    settings: tuple[str, ...],
+    seed: int | None,
+    offline: bool,
+    quiet: bool,
+    as_json: bool,
+    shape: str | None,
+    tokens: int | None,
+    length: int | None,
+    gpu: str | None,
+    fit: bool,
+    **named: Any,
+) -> Any:
+    """Say what a run will take: memory by part, the largest pass that fits, disk, steps. Loads no weights.
+
+    \b
+    loraloom plan run.yaml --gpu 24GB --fit
+    loraloom plan --shape llama2-7b --tokens 8192 --length 2048 --set model.quantize=nf4
+    """
+    file, chosen = given(config, config_file, seed, settings, named)
+    chosen |= {"model": shape} if shape else {}
+    chosen |= {"train.micro_tokens": tokens} if tokens else {}
+    from . import api
+
+    progress = not (quiet or as_json)
+    made = api.plan(
+        file,
+        shape=shape,
+        gpu=gpu,
+        length=length,
+        fit=fit,
+        offline=offline,
+        progress=progress,
+        settings=chosen,
+    )
+    return made if as_json else console.show_plan(made)
+
+
 @cli.command(epilog="All settings: loraloom train --settings")
 @run_options
 @click.option("--settings", "list_settings", is_flag=True, help="List every setting with its default.")
@@ -208,17 +273,11 @@ def train(
     """Fine-tune a model. CONFIG is a YAML file; three lines are enough: model, data, output."""
     if list_settings:
         return show_settings(as_json)
-    if config and config_file:
-        raise UserError(f"two configuration files: {config} and {config_file}", hint="name one of them")
-    chosen = {key: value for key, value in named.items() if value is not None}
-    chosen |= {"train.seed": seed} if seed is not None else {}
-    chosen |= dict(map(parse_setting, settings))
+    file, chosen = given(config, config_file, seed, settings, named)
     from . import api
 
     view = console.TrainView(quiet=quiet or as_json)
-    run = api.train(
-        config or config_file, listen=view, offline=offline, progress=not (quiet or as_json), settings=chosen
-    )
+    run = api.train(file, listen=view, offline=offline, progress=not (quiet or as_json), settings=chosen)
     return finish(run, quiet, as_json)
 
 

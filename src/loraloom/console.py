@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -161,6 +162,89 @@ def fields(values: dict[str, Any], as_json: bool) -> dict[str, Any] | None:
             shown = "; ".join(map(str, value)) if isinstance(value, list | tuple) else shown
             out.print(Text(f" {name.replace('_', ' '):<{width}}  ", style="bold") + Text(str(shown)))
     return None
+
+
+def show_plan(plan: dict[str, Any]) -> None:
+    """A plan: what is run, memory by part with full fine-tuning beside it, what fits, disk, steps."""
+    facts = [
+        (
+            "model",
+            f"{plan['model']}  {plan['kind']}, {plan['layers']} layers, {plan['parameters']:,} weights",
+        ),
+        ("method", f"{plan['method']}  r {plan['r']}  {plan['adapted']} layers, {share_of(plan)}"),
+        ("pass", f"{plan['micro_tokens']:,} tokens: {plan['batch']}"),
+        ("recompute", plan["recompute"]),
+    ]
+    kept = plan["dtype"] if plan["quantize"] == "none" else f"linear layers in {plan['quantize']}"
+    about = {"base": kept, "optimizer": plan["optimizer"], "adapters": "float32", "gradients": "float32"}
+    about |= {"activations": "kept for the backward pass", "workspace": "in passing"}
+    lines = [(part, size, about[part]) for part, size in plan["parts"].items()]
+    lines += [("libraries", plan["peak"] - sum(plan["parts"].values()), "of torch")]
+    lines += [("peak", plan["peak"], f"at: {plan['phase']}")]
+    lines += [("on the GPU", plan["needed"], "with the driver's context and room for fragments")]
+    show_facts(facts)
+    show_sizes("memory", lines)
+    show_facts(
+        [("fits", fits(plan))] if plan["gpu"] else [("fits", "no GPU here; name one's memory: --gpu 80GB")]
+    )
+    full, paper = plan["full"], plan["paper"]
+    total = sum(full.values())
+    beside = f"without activations; {paper['full'] / 1e12:g} TB in the {paper['source']}"
+    show_sizes(
+        "full fine-tuning", [*((part, size, "") for part, size in full.items()), ("in all", total, beside)]
+    )
+    disk = plan["disk"]
+    show_facts(
+        [
+            (
+                "disk",
+                f"adapter {size(disk['adapter_16'])} in 16 bits, {size(disk['adapter'])} as written; checkpoint "
+                f"{size(disk['checkpoint'])}; a run at most {size(disk['run'])}",
+            ),
+            ("steps", steps_of(plan["steps"])),
+        ]
+    )
+
+
+def share_of(plan: dict[str, Any]) -> str:
+    return f"{plan['trainable']:,} weights train ({plan['trainable'] / plan['parameters']:.3%})"
+
+
+def fits(plan: dict[str, Any]) -> str:
+    """Whether it does, and how large a pass would."""
+    gpu = plan["gpu"]
+    verdict = "yes" if plan["fits"] else "no"
+    largest = f"the largest pass that does: {plan['largest']:,} tokens" if plan["largest"] else "no pass does"
+    if plan["largest"] and plan["largest"] >= (plan["step_tokens"] or math.inf):
+        largest = "so does a whole step in one pass"
+    return f"{verdict}, into {gpu['bytes'] / 1e9:.1f} GB of {gpu['name']}; {largest}"
+
+
+def steps_of(steps: dict[str, int] | None) -> str:
+    if steps is None:
+        return "unknown without data"
+    return f"{steps['steps']:,} for {steps['examples']:,} examples of {steps['tokens']:,} tokens"
+
+
+def show_facts(lines: list[tuple[str, str]]) -> None:
+    for name, text in lines:
+        out.print(Text(f" {name:<10}", style="bold") + Text(text))
+
+
+def show_sizes(title: str, lines: list[tuple[str, int, str]]) -> None:
+    """Rows of name, bytes and a remark; a part that takes nothing is left out."""
+    out.print(Text(f" {title}", style="bold"))
+    for name, count, remark in lines:
+        if count:
+            out.print(Text(f"   {name:<28} {size(count):>10}  ") + Text(remark, style="dim"))
+
+
+def size(count: int) -> str:
+    """Bytes in decimal units, as the papers count."""
+    for scale, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count / 1e3:.1f} kB"
 
 
 def show_runs(rows: list[dict[str, Any]]) -> None:

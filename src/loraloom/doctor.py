@@ -165,9 +165,11 @@ def gpus() -> Iterator[Check]:
             free > 2 * GB,
             f"capability {major}.{minor}, {' and '.join(formats) or 'no bf16: float32 is used'}",
         )
-    yield Check(
-        "kernels", "torch definitions", None, f"on {'the GPU' if torch.cuda.is_available() else 'the CPU'}"
-    )
+    from .kernels.twin import path_of
+
+    path, why = path_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    slow = torch.cuda.is_available() and path == "torch"
+    yield Check("kernels", path, False if slow else None, why)
 
 
 def existing(path: Path) -> Path:

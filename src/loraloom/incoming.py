@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -30,7 +30,6 @@ class Incoming:
     block: int = 64
     double: bool = True
     keep: Sequence[str] = ()
-    on_weight: Callable[[str], None] = lambda name: None
     experts: list[str] = field(default_factory=list)  # fused experts that stayed in 16 bits
     misfits: list[str] = field(default_factory=list)  # weights of another shape than the model's
 
@@ -42,7 +41,6 @@ class Incoming:
         if value.shape != getattr(arrival.module, arrival.name.rpartition(".")[2]).shape:
             self.misfits.append(arrival.name)
             return None
-        self.on_weight(arrival.name)
         if self.table is None or isinstance(value, Weight4) or not self.is_meant(arrival):
             return value
         try:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -27,7 +28,7 @@ from .errors import OutOfMemory, UserError
 from .hub import Resolved, resolve
 from .incoming import Incoming, settle
 from .model_files import find_weights, has_tokenizer, read_config
-from .on_load import passing
+from .on_load import Arrival, Take, passing
 from .pretrained import from_folder, pad_id, quiet, stop_ids, valid_generation, write_tokenizer
 from .progress import counted
 from .quant import Weight4, bits_per_parameter, stored_bytes
@@ -140,14 +141,18 @@ def load_model(
 
 
 def read_weights(
-    folder: Path, factory: Any, take: Incoming, given: dict[str, Any], *, progress: bool
+    folder: Path, factory: Any, take: Take, given: dict[str, Any], *, progress: bool
 ) -> tuple[Any, dict[str, Any]]:
     """The model with every weight of the folder's files handed to `take`, and transformers' report."""
     about = read_config(folder)
     weights = find_weights(folder)
     state = bnb_format.open_state(weights.paths) if bnb_format.is_bnb4(about) else None
-    with quiet(), passing(take) as hook, counted("weights", shown=progress) as step:
-        take.on_weight = step
+
+    def told(arrival: Arrival) -> Tensor | None:
+        step(arrival.name)
+        return take(arrival)
+
+    with quiet(), counted("weights", shown=progress) as step, passing(told) as hook:
         return from_folder(
             factory,
             folder,

@@ -27,10 +27,17 @@ class Overlay:
         self.p: dict[str, dict[str, nn.Parameter]] = {}
         self.base_forward = module.forward
 
-    def add(self, adapter: str, names: list[str] | None, copies: dict[int, nn.Parameter]) -> None:
+    def add(
+        self,
+        adapter: str,
+        names: list[str] | None,
+        copies: dict[int, nn.Parameter],
+        device: torch.device | None = None,
+    ) -> None:
         """Give an adapter float32 copies (float64 stays float64) of the named parameters, or of all.
 
         copies  by the id of the base's parameter: what is one tensor in the base is one copy, wherever it stands
+        device  of the copies, the base's own if None; of a base on meta they have no numbers yet
         """
         for name, own in self.module.named_parameters(remove_duplicate=False):
             if isinstance(own, Weight4) and (names is None or name in names):
@@ -41,7 +48,11 @@ class Overlay:
             if names is None or name in names:
                 if id(own) not in copies:
                     wide = torch.promote_types(own.dtype, torch.float32)
-                    copies[id(own)] = nn.Parameter(own.detach().to(wide, copy=True))
+                    place = device or own.device
+                    if own.is_meta:
+                        copies[id(own)] = nn.Parameter(torch.empty(own.shape, dtype=wide, device=place))
+                    else:
+                        copies[id(own)] = nn.Parameter(own.detach().to(place, wide, copy=True))
                 self.p.setdefault(adapter, {})[name] = copies[id(own)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
 from . import files
@@ -80,6 +82,14 @@ def from_state(
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, **local)
     return model, report
+
+
+def on_disk(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights in the names and shapes of the model's checkpoints: fused experts come apart, for one.
+
+    tensors  by the model's own names; whole modules, or better whole decoder layers
+    """
+    return revert_weight_conversion(model, tensors)
 
 
 def pad_id(tokenizer: Any) -> int:

@@ -62,11 +62,13 @@ def fused_attention(*, cudnn: bool = True, kernel: Kernel | None = None) -> Iter
     kernel  which one; None: what torch would choose
     """
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *_: Any, **__: Any) -> Tensor:
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *_: Any, **__: Any
+    ) -> Tensor:
         chosen = kernel or choose(query, attn_mask, cudnn=cudnn)
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = torch.where(attn_mask.logical_not(), -math.inf, query.new_zeros(()))
-        return _Attention.apply(query, key, value, attn_mask, chosen)  # type: ignore[no-any-return]
+        return _Attention.apply(query, key, value, attn_mask, chosen)
 
     # Not a TorchFunctionMode: that is off while `backward` runs, where layers may be computed again.
     own = F.scaled_dot_product_attention
@@ -88,7 +90,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, _, _, lse = ctx.saved_tensors
         kernel: Kernel = ctx.kernel
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)

@@ -26,7 +26,9 @@ def read_shape(folder: Path) -> Any:
         with quiet():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever a broken config.json makes transformers raise
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = next(
+            (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+        )
         raise UserError(f"transformers cannot read {folder}/config.json", details=[reason]) from error
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
@@ -64,8 +66,12 @@ def meta_model(config: Any, *, dtype: torch.dtype, attention: str = "sdpa", laye
         with torch.device("meta"), quiet():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     except (ValueError, ImportError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"transformers makes no causal model of this {config.model_type}", details=[reason]) from error
+        reason = next(
+            (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+        )
+        raise UserError(
+            f"transformers makes no causal model of this {config.model_type}", details=[reason]
+        ) from error
     return model.requires_grad_(False).eval()
 
 

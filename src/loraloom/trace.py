@@ -25,8 +25,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .quant import Weight4
 
-ROUND = 512  # torch's allocator of GPU memory hands out multiples of this (kMinBlockSize in CUDACachingAllocator)
+ROUND = (
+    512  # torch's allocator of GPU memory hands out multiples of this (kMinBlockSize in CUDACachingAllocator)
+)
 VALUES = 1 << 21  # elements up to which integers keep their numbers among shapes
+BACKWARD, AFTER = "backward", "after backward"  # a phase that begins so ends with the backward pass
 PARTS = ("base", "adapters", "gradients", "optimizer", "activations", "workspace")
 aten = torch.ops.aten
 
@@ -72,6 +75,8 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         self.now += 1
+        if self.phase.startswith(BACKWARD) and not in_backward():
+            self.phase = AFTER
         for tensor in tensors_in(out):
             self.see(tensor)
         return out

@@ -15,7 +15,7 @@ import torch
 
 from . import hub, verify
 from .adapt import Adapters
-from .adapter_io import load_adapter
+from .adapter_io import load_adapter, trained_on
 from .config import DataConfig, ModelConfig, Source
 from .conversation import Conversation
 from .data import Examples, Style, prepare, render_prompt, resolve_style
@@ -108,7 +108,7 @@ def open_target(
         base = model or read_config(path).get("base_model_name_or_path")
         if not base:
             raise UserError(f"{path} does not name its base model", hint="name it: --model ID_OR_FOLDER")
-        loaded = load_base(ModelConfig(id=base), dtype, offline=offline)
+        loaded = load_base(ModelConfig(id=base, **trained_on(path)), dtype, offline=offline)
         return Opened(str(target), loaded, load_adapter(loaded.model, path), style_of(path, loaded))
     if not path.exists() and str(path.parent) != "." and path.parent.is_dir():
         Run.open(path)  # raises, and says which runs are near

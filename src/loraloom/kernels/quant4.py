@@ -28,7 +28,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .scales8 import BLOCK8, unit_blocks
+from .scales8 import BLOCK8, TINY, unit_blocks
 from .scales8 import Scales8 as Scales8
 from .scales8 import dequantize_scales as dequantize_scales
 from .scales8 import quantize_scales as quantize_scales
@@ -38,6 +38,7 @@ BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 TABLES = ("nf4", "fp4", "e2m1")
 CHUNK = 2**18  # weights at a time on a CPU: what is in between stays in its cache
 E4M3_MAX = 448.0
+Scales = Tensor | Scales8  # one float32 a block, or the same in 8 bits
 
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -105,9 +106,7 @@ def quantize4(w: Tensor, *, table: str, block: int = 64) -> tuple[Tensor, Tensor
     check_format(table, block)
     n = w.numel()
     if not w.is_floating_point() or n == 0:
-        raise ValueError(
-            f"{list(w.shape)} of {w.dtype} cannot be coded: it takes floating numbers, at least one"
-        )
+        raise ValueError(f"{list(w.shape)} of {w.dtype} cannot be coded: floating numbers can")
     packed_H = torch.empty(-(-n // 2), dtype=torch.uint8, device=w.device)
     absmax_G = torch.empty(-(-n // block), dtype=torch.float32, device=w.device)
     if not w.is_meta:
@@ -143,7 +142,7 @@ def _quantize4(w_N: Tensor, packed_H: Tensor, absmax_G: Tensor, *, table: str, b
 
 def dequantize4(
     packed_H: Tensor,
-    scales: Tensor | Scales8,
+    scales: Scales,
     *,
     table: str,
     shape: Sequence[int],
@@ -164,9 +163,7 @@ def dequantize4(
     return w_N.view(*shape)
 
 
-def _dequantize4_reference(
-    packed_H: Tensor, scales: Tensor | Scales8, w_N: Tensor, *, table: str, block: int
-) -> None:
+def _dequantize4_reference(packed_H: Tensor, scales: Scales, w_N: Tensor, *, table: str, block: int) -> None:
     pairs = _pairs(table, packed_H.device)
     absmax_G = scales if isinstance(scales, Tensor) else dequantize_scales(scales)
     for start, stop in _chunks(len(w_N)):
@@ -179,16 +176,16 @@ def _dequantize4_reference(
 
 
 @twin(_dequantize4_reference)
-def _dequantize4(packed_H: Tensor, scales: Tensor | Scales8, w_N: Tensor, *, table: str, block: int) -> None:
+def _dequantize4(packed_H: Tensor, scales: Scales, w_N: Tensor, *, table: str, block: int) -> None:
     from . import quant4_triton
 
     quant4_triton.dequantize4(packed_H, scales, w_N, _table(table, w_N.device), block)
 
 
 def channel_scale(
-    packed_H: Tensor, scales: Tensor | Scales8, *, table: str, shape: Sequence[int], block: int, dim: int
+    packed_H: Tensor, scales: Scales, *, table: str, shape: Sequence[int], block: int, dim: int
 ) -> Tensor:
-    """amax |w| / 448 of each output channel (dim 0: (O,)) or input channel (dim 1: (I,)), 1 where all are zero."""
+    """amax |w| / 448 of each output channel (dim 0: (O,)) or input channel (dim 1: (I,)); 1 where all are zero."""
     if len(shape) != 2 or dim not in (0, 1):
         raise ValueError(f"a matrix has channels along 0 and 1, asked was {dim} of {list(shape)}")
     check4(packed_H, scales, table=table, shape=shape, block=block)
@@ -196,11 +193,11 @@ def channel_scale(
         return packed_H.new_empty(shape[dim], dtype=torch.float32)
     amax = _channel_amax(packed_H, scales, table=table, shape=shape, block=block, dim=dim)
     scale = amax / torch.full_like(amax, E4M3_MAX)  # by a tensor: a GPU multiplies by a number's reciprocal
-    return torch.where(amax == 0, 1.0, scale)
+    return torch.where(scale < TINY, 1.0, scale)  # below it the reciprocal would not be finite
 
 
 def _channel_amax_reference(
-    packed_H: Tensor, scales: Tensor | Scales8, *, table: str, shape: Sequence[int], block: int, dim: int
+    packed_H: Tensor, scales: Scales, *, table: str, shape: Sequence[int], block: int, dim: int
 ) -> Tensor:
     w_N = torch.empty(math.prod(shape), dtype=torch.float32, device=packed_H.device)
     _dequantize4_reference(packed_H, scales, w_N, table=table, block=block)
@@ -209,7 +206,7 @@ def _channel_amax_reference(
 
 @twin(_channel_amax_reference)
 def _channel_amax(
-    packed_H: Tensor, scales: Tensor | Scales8, *, table: str, shape: Sequence[int], block: int, dim: int
+    packed_H: Tensor, scales: Scales, *, table: str, shape: Sequence[int], block: int, dim: int
 ) -> Tensor:
     from . import quant4_triton
 
@@ -218,7 +215,7 @@ def _channel_amax(
 
 def dequantize4_fp8(
     packed_H: Tensor,
-    scales: Tensor | Scales8,
+    scales: Scales,
     scale: Tensor,
     *,
     table: str,
@@ -234,9 +231,8 @@ def dequantize4_fp8(
     """
     check4(packed_H, scales, table=table, shape=shape, block=block)
     if len(shape) != 2 or scale.shape != (shape[transposed],) or scale.dtype != torch.float32:
-        raise ValueError(
-            f"{list(scale.shape)} scales of {scale.dtype} for {list(shape)}, transposed: {transposed}"
-        )
+        got = f"{list(scale.shape)} scales of {scale.dtype}"
+        raise ValueError(f"{got} for {list(shape)}, transposed: {transposed}")
     w8_N = _room(packed_H, math.prod(shape), torch.float8_e4m3fn, out)
     w8 = w8_N.view(shape[1], shape[0]) if transposed else w8_N.view(*shape)
     if not packed_H.is_meta:
@@ -245,14 +241,7 @@ def dequantize4_fp8(
 
 
 def _dequantize4_fp8_reference(
-    packed_H: Tensor,
-    scales: Tensor | Scales8,
-    scale: Tensor,
-    w8: Tensor,
-    *,
-    table: str,
-    block: int,
-    transposed: bool,
+    packed_H: Tensor, scales: Scales, scale: Tensor, w8: Tensor, *, table: str, block: int, transposed: bool
 ) -> None:
     w_N = torch.empty(w8.numel(), dtype=torch.float32, device=w8.device)
     _dequantize4_reference(packed_H, scales, w_N, table=table, block=block)
@@ -262,14 +251,7 @@ def _dequantize4_fp8_reference(
 
 @twin(_dequantize4_fp8_reference)
 def _dequantize4_fp8(
-    packed_H: Tensor,
-    scales: Tensor | Scales8,
-    scale: Tensor,
-    w8: Tensor,
-    *,
-    table: str,
-    block: int,
-    transposed: bool,
+    packed_H: Tensor, scales: Scales, scale: Tensor, w8: Tensor, *, table: str, block: int, transposed: bool
 ) -> None:
     from . import quant4_triton
 
@@ -286,21 +268,16 @@ def check_format(table: str, block: int) -> None:
         )
 
 
-def check4(
-    packed_H: Tensor, scales: Tensor | Scales8, *, table: str, shape: Sequence[int], block: int
-) -> None:
+def check4(packed_H: Tensor, scales: Scales, *, table: str, shape: Sequence[int], block: int) -> None:
     """raises  ValueError if the buffers are not those of weights in this shape"""
     check_format(table, block)
     n = math.prod(shape)
     need = (-(-n // 2), -(-n // block), -(-n // (block * BLOCK8)))
-    parts = [packed_H, scales] if isinstance(scales, Tensor) else [packed_H, scales.code_G, scales.absmax_S]
-    dtypes = [torch.uint8, torch.float32] if len(parts) == 2 else [torch.uint8, torch.uint8, torch.float32]
-    if (
-        n == 0
-        or [part.dtype for part in parts] != dtypes
-        or any(p.shape != (k,) for p, k in zip(parts, need))
-    ):
-        got = ", ".join(f"{part.dtype} {list(part.shape)}" for part in parts)
+    held = (scales,) if isinstance(scales, Tensor) else (scales.code_G, scales.absmax_S)
+    dtypes = {1: (torch.float32,), 2: (torch.uint8, torch.float32)}[len(held)]
+    parts = [(part.dtype, tuple(part.shape)) for part in (packed_H, *held)]
+    if n == 0 or parts != [(dtype, (k,)) for dtype, k in zip((torch.uint8, *dtypes), need)]:
+        got = ", ".join(f"{dtype} {list(size)}" for dtype, size in parts)
         raise ValueError(
             f"{n:,} weights in blocks of {block} need {need[0]:,} bytes and {need[1]:,} scales in float32, "
             f"or in 8 bits with {need[2]:,} in float32; got {got}"

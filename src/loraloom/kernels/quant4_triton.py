@@ -152,8 +152,11 @@ def _tile(
     WORDS: tl.constexpr,
     NESTED: tl.constexpr,
 ):
-    """Float32 weights (R, C); outside the matrix any number."""
-    STEP: tl.constexpr = 8 if WORDS else 1  # weights an element; elements in one line, so that lanes lie along rows
+    """Float32 weights (R, C); outside the matrix any number.
+
+    Its elements stand in one line until the end, so that neighbouring lanes read neighbouring bytes.
+    """
+    STEP: tl.constexpr = 8 if WORDS else 1  # weights an element
     at = tl.arange(0, R * C // STEP)
     row = first_row + at // (C // STEP)
     col = first_col + at % (C // STEP) * STEP

@@ -12,7 +12,7 @@ raises  ValueError if a tensor to code is empty
 source  QLoRA, arXiv:2305.14314, section 3; the map is that of arXiv:1511.04561 as bitsandbytes builds it
 
 Where bitsandbytes' own paths differ, this is its CUDA rule, the nearest entry (a tie goes down). The CPU library of
-0.50 looks values up in 65,536 equal bins instead, which moves about one code in 700 to its neighbour. A block of
+0.50 looks values up in 65,536 equal bins instead, which changes about one code in 700. A block of
 zeros is coded as the map's zero; bitsandbytes gives code 0 there, which stands for the same number.
 """
 

@@ -55,7 +55,7 @@ def path_of(device: torch.device) -> tuple[Path, str]:
     if _forced:
         return _forced[-1], "asked for"
     if device.type != "cuda":
-        return "torch", f"no kernels for {device.type}"
+        return "torch", "the kernels need a CUDA GPU"
     if not has_triton():
         return "torch", "triton is not installed"
     return "triton", "on the GPU"
