@@ -23,10 +23,6 @@ from tiny_run import make_data, make_model
 from loraloom.small_model import small_model
 
 torch.set_num_threads(1)
-if not torch.cuda.is_available():
-    os.environ.setdefault(
-        "TRITON_INTERPRET", "1"
-    )  # kernels run on the CPU then; read when triton is imported
 
 
 @pytest.fixture(scope="session", autouse=True)

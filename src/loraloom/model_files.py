@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -45,6 +47,39 @@ def find_weights(folder: Path) -> Weights:
             return Weights(kind, shards(index))  # type: ignore[arg-type]
     found = sorted(folder.glob("*.gguf"))
     return Weights("gguf", found) if found else Weights("none", [])
+
+
+FORMATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # as safetensors calls them
+
+
+def stored_format(folder: Path) -> str | None:
+    """The number format of most of a folder's weights; None if it is none that models compute in.
+
+    config.json is asked only where the files do not say it: it is often wrong.
+    """
+    about, weights = read_config(folder), find_weights(folder)
+    named = about.get("dtype") or about.get("torch_dtype")
+    if weights.kind != "safetensors" or about.get("quantization_config"):
+        return named if named in FORMATS.values() else None
+    count: Counter[str] = Counter()
+    for path in weights.paths:
+        for tensor in read_header(path).values():
+            count[tensor["dtype"]] += math.prod(tensor["shape"])
+    found = [FORMATS[kind] for kind, _ in count.most_common() if kind in FORMATS]
+    return found[0] if found else None
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The names, formats and shapes in a safetensors file.
+
+    raises  UserError if it is none
+    """
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    except (ValueError, OverflowError, MemoryError) as error:
+        raise UserError(f"{path} is not a whole safetensors file", hint="fetch the model again") from error
+    return {name: about for name, about in header.items() if name != "__metadata__"}
 
 
 def shards(index: Path) -> list[Path]:

@@ -1,6 +1,6 @@
 """What the fused attention kernels of a GPU take, on shapes: F.scaled_dot_product_attention as it would run there.
 
-    forward     out (B, T, H, D) as q;  lse (B, H, T) float32;  a bool mask becomes a number for each pair, as q
+    forward     out as q;  lse (B, H, T) float32;  a bool mask becomes a number for each pair, as q
     backward    dq, dk, dv, and the kernel's own workspace
 
 On the meta device torch would take the definition, which stores T x T scores for every head. The fused kernels save
@@ -26,22 +26,24 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Kernel:
-    """A fused attention and the bytes that its backward pass takes for itself, in float32 numbers.
+    """A fused attention and what its backward pass takes for itself, in float32 numbers.
 
     query    for each element of q: the sum of dq over blocks of keys
     row      for each row and head: delta = sum(dout * out), and what the softmax is normalised by
     shared   for each element of k and v spread over the query heads that share them, in q's dtype
+    rows_first  whether out lies as (B, T, H, D) in any case, and not as q does
     """
 
     name: str
     query: float = 0.0
     row: float = 0.0
     shared: float = 0.0
+    rows_first: bool = False
 
 
 CUDNN = Kernel("cudnn", query=1.0, row=2.0)
 FLASH = Kernel("flash", query=1.0, row=1.0, shared=1.0)  # dk_expanded, dv_expanded in flash_api.cpp
-EFFICIENT = Kernel("efficient", query=1.0, row=1.0)
+EFFICIENT = Kernel("efficient", query=1.0, row=1.0, rows_first=True)
 CPU = Kernel("cpu")
 HALF = (torch.bfloat16, torch.float16)
 
@@ -82,9 +84,10 @@ def fused_attention(*, cudnn: bool = True, kernel: Kernel | None = None) -> Iter
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: Kernel) -> Tensor:
-        b, h, t, _ = q.shape
-        out = q.new_zeros(b, t, h, v.shape[-1]).transpose(1, 2)
-        lse = q.new_zeros((b, h, t), dtype=torch.float32)
+        order = (0, 2, 1, 3) if kernel.rows_first else sorted(range(4), key=q.stride, reverse=True)
+        size = (*q.shape[:3], v.shape[-1])
+        out = torch.empty_permuted(size, order, dtype=q.dtype, device=q.device).zero_()
+        lse = q.new_zeros(q.shape[:3], dtype=torch.float32)
         ctx.save_for_backward(q, k, v, mask, out, lse)
         ctx.kernel = kernel
         return out

@@ -91,6 +91,53 @@ class Opened:
         return prepare(config, self.tokenizer, model_max_length=limit, progress=False).train
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a target stands for, before anything is loaded.
+
+    base     the model, as the run had it; adapter is a PEFT folder, None for a plain model
+    dtype    the base's number format in training, if that is known
+    keep     ends of names of modules that the adapter trained whole, which were not in 4 bits
+    """
+
+    target: str
+    base: ModelConfig
+    adapter: Path | None
+    run: Run | None = None
+    dtype: str | None = None
+    keep: tuple[str, ...] = ()
+
+
+def find_target(target: Path | str, *, model: str | None = None) -> Found:
+    """Find a run folder, an adapter folder, or a model (a folder or an id).
+
+    model  the base, instead of the one that the run or the adapter names
+
+    raises  UserError if it is a run without an adapter, or the adapter's base cannot be known
+    """
+    path = Path(target)
+    if (path / STATE).is_file():
+        run = Run.open(path)
+        adapter = run.adapter_path
+        if not (adapter / CONFIG).is_file():
+            raise UserError(
+                f"{path} has no adapter yet ({run.state.get('status')})", hint=f"loraloom resume {path}"
+            )
+        config = run.config.model.model_copy(update={"id": model, "revision": None} if model else {})
+        return Found(str(path), config, adapter, run, run.env.get("dtype"), tuple(run.config.modules_to_save))
+    if (path / CONFIG).is_file():
+        about = read_config(path)
+        base = model or about.get("base_model_name_or_path")
+        if not base:
+            raise UserError(f"{path} does not name its base model", hint="name it: --model ID_OR_FOLDER")
+        kept = trained_on(path)
+        keep = tuple(about.get("modules_to_save") or ())
+        return Found(str(target), ModelConfig(id=base, **kept), path, None, kept.get("dtype"), keep)
+    if not path.exists() and str(path.parent) != "." and path.parent.is_dir():
+        Run.open(path)  # raises, and says which runs are near
+    return Found(str(target), ModelConfig(id=str(target)), None)
+
+
 def open_target(
     target: Path | str, *, model: str | None = None, dtype: str | None = None, offline: bool = False
 ) -> Opened:
@@ -101,40 +148,34 @@ def open_target(
 
     raises  UserError if it is none of them, or its base cannot be found
     """
-    path = Path(target)
-    if (path / STATE).is_file():
-        return open_run(Run.open(path), model=model, dtype=dtype, offline=offline)
-    if (path / CONFIG).is_file():
-        base = model or read_config(path).get("base_model_name_or_path")
-        if not base:
-            raise UserError(f"{path} does not name its base model", hint="name it: --model ID_OR_FOLDER")
-        loaded = load_base(ModelConfig(id=base, **trained_on(path)), dtype, offline=offline)
-        return Opened(str(target), loaded, load_adapter(loaded.model, path), style_of(path, loaded))
-    if not path.exists() and str(path.parent) != "." and path.parent.is_dir():
-        Run.open(path)  # raises, and says which runs are near
+    found = find_target(target, model=model)
+    loaded, adapters = load_found(found, dtype or found.dtype, offline=offline)
+    return Opened(str(target), loaded, adapters, style_of(found.adapter or Path(target), loaded), found.run)
+
+
+def load_found(found: Found, dtype: str | None, *, offline: bool) -> tuple[Loaded, Adapters | None]:
+    """The base, and the adapter on it."""
+    with near_runs(found):
+        loaded = load_base(found.base, dtype, keep=found.keep, offline=offline)
+    return loaded, load_adapter(loaded.model, found.adapter) if found.adapter is not None else None
+
+
+@contextmanager
+def near_runs(found: Found) -> Iterator[None]:
+    """What is no model may be a run whose name was mistyped."""
+    path = Path(found.target)
     try:
-        loaded = load_base(ModelConfig(id=str(target)), dtype, offline=offline)
+        yield
     except UserError as error:
-        near = nearest(str(target), [str(run.path) for run in find_runs(path.parent, depth=1)], count=1)
-        if near and not path.exists():
+        near = nearest(found.target, [str(run.path) for run in find_runs(path.parent, depth=1)], count=1)
+        if found.adapter is None and near and not path.exists():
             error.hint = f"did you mean {near[0]}, a run?"
         raise
-    return Opened(str(target), loaded, None, style_of(path, loaded))
 
 
-def open_run(run: Run, *, model: str | None, dtype: str | None, offline: bool) -> Opened:
-    """The base of a run with its best adapter."""
-    if not (run.adapter_path / CONFIG).is_file():
-        raise UserError(
-            f"{run.path} has no adapter yet ({run.state.get('status')})", hint=f"loraloom resume {run.path}"
-        )
-    config = run.config.model.model_copy(update={"id": model, "revision": None} if model else {})
-    loaded = load_base(config, dtype or run.env.get("dtype"), offline=offline)
-    adapters = load_adapter(loaded.model, run.adapter_path)
-    return Opened(str(run.path), loaded, adapters, style_of(run.adapter_path, loaded), run)
-
-
-def load_base(config: ModelConfig, dtype: str | None, *, offline: bool) -> Loaded:
+def load_base(
+    config: ModelConfig, dtype: str | None, *, keep: Sequence[str] = (), offline: bool
+) -> Loaded:
     """The base in a number format: one that is named, the one on its disk, or what the settings say."""
     if dtype == STORED:
         source = hub.resolve(
@@ -143,7 +184,7 @@ def load_base(config: ModelConfig, dtype: str | None, *, offline: bool) -> Loade
         about = read_settings(source.path)
         named = about.get("dtype") or about.get("torch_dtype")
         dtype = named if named in ("float32", "bfloat16", "float16") else None
-    return load_model(config.model_copy(update={"dtype": dtype} if dtype else {}), offline=offline)
+    return load_model(config.model_copy(update={"dtype": dtype} if dtype else {}), keep=keep, offline=offline)
 
 
 def style_of(folder: Path, loaded: Loaded) -> Style:
@@ -208,50 +249,6 @@ def converse(opened: Opened, **settings: Any) -> Conversation:
     )
 
 
-def merge(
-    target: Path | str,
-    out: Path | str,
-    *,
-    model: str | None = None,
-    dtype: str | None = None,
-    force: bool = False,
-    offline: bool = False,
-    on_prompt: Callable[[int], None] | None = None,
-) -> verify.Verification:
-    """Fold an adapter into its base, write the whole model, read it back and compare it with the adapter.
-
-    Weights are summed in float32 and rounded once, to the format of the base's files unless `dtype` names
-    another. A head or embedding that was tied and is adapted apart is written untied.
-
-    raises  UserError if there is no adapter or `out` is taken; NotMergeable for a method that cannot
-    """
-    out = Path(out)
-    refuse_taken(out, force=force)
-    opened = open_target(target, model=model, dtype=dtype or STORED, offline=offline)
-    if opened.adapters is None:
-        raise UserError(f"{target} has no adapter to merge", hint="name a run or an adapter folder")
-    refuse_replacing(out, Path(target), opened.loaded.source.path, Path.cwd())
-    opened.adapters.eval()
-    prompts = probe_prompts(opened)
-    before = Recorded(opened, prompts)
-    opened.adapters.merge()
-    untie(opened.model)
-    write_model(opened.model, opened.tokenizer, out)
-    name = str(opened.loaded.dtype).removeprefix("torch.")
-    merged = load_model(ModelConfig(id=str(out), dtype=name, device=str(opened.loaded.device)), offline=True)
-    result = verify.compare_models(
-        before.tuned, merged.model, prompts, dtype=name, base=before.base, on_prompt=on_prompt
-    )
-    if opened.run is not None:
-        write_json(opened.run.path / "merge.json", {"folder": str(out), "dtype": name, **result.to_dict()})
-        opened.run.add_check(
-            "merge verified",
-            result.ok,
-            f"{result.prompts} prompts: mean KL {result.mean_kl:.2g}, top-1 agreement {result.top1_agreement:.1%}",
-        )
-    return result
-
-
 def refuse_taken(out: Path, *, force: bool) -> None:
     """
     raises  UserError if `out` is a file, or a folder with something in it that may not be replaced
@@ -271,41 +268,3 @@ def refuse_replacing(out: Path, *needed: Path) -> None:
             raise UserError(f"replacing {out} would remove {folder}", hint="choose another folder")
 
 
-class Recorded:
-    """Logits of the base and the tuned model on the prompts, taken before merging changes the weights."""
-
-    def __init__(self, opened: Opened, prompts: Sequence[list[int]]) -> None:
-        assert opened.adapters is not None
-        self.logits: dict[tuple[int, ...], list[torch.Tensor]] = {}
-        for prompt in prompts:
-            ids = torch.tensor([prompt], device=opened.loaded.device)
-            tuned = verify.logits_of(opened.model, ids).cpu()[None]
-            with opened.adapters.disabled():
-                base = verify.logits_of(opened.model, ids).cpu()[None]
-            self.logits[tuple(prompt)] = [tuned, base]
-
-    def tuned(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.logits[tuple(ids[0].tolist())][0]
-
-    def base(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.logits[tuple(ids[0].tolist())][1]
-
-
-def probe_prompts(opened: Opened) -> list[list[int]]:
-    """What a merge is verified on: held-out examples with their answers, else a few plain sentences."""
-    try:
-        held = opened.examples()
-        found = [list(held[i].ids) for i in range(min(NUM_PROMPTS, len(held)))]
-    except DataError:
-        found = [opened.tokenizer(text)["input_ids"] for text in PLAIN_PROMPTS]
-    return [ids for ids in found if ids]
-
-
-def untie(model: Any) -> None:
-    """Write the head and the embedding apart if merging has made them differ."""
-    head, table = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None or head.weight is table.weight:
-        return
-    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
-        config.tie_word_embeddings = False
-    model._tied_weights_keys = None  # transformers writes both then
