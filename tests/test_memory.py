@@ -273,11 +273,14 @@ def test_values_survive_among_shapes():
         assert ids.tolist() == [[0, 1, 2], [3, 4, 5]]
         assert (ids > 3).nonzero().shape == (2, 2)
         rows = torch.nn.functional.embedding(ids, weight)
-        assert rows.is_meta and rows.shape == (2, 3, 4)
-        assert rows.sum().item() == 1.0 and bool(rows.isfinite().all())
+        assert rows.is_meta
+        assert rows.shape == (2, 3, 4)
+        assert rows.sum().item() == 1.0
+        assert bool(rows.isfinite().all())
         assert rows.to("cpu").is_meta
         pairs = torch.arange(4096, device="meta")[:, None] >= torch.arange(4096, device="meta")
-        assert pairs.is_meta and pairs.shape == (4096, 4096)
+        assert pairs.is_meta
+        assert pairs.shape == (4096, 4096)
         with pytest.raises(NotImplementedError):
             rows.nonzero()
 

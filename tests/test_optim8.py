@@ -8,7 +8,8 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Callable, Sequence
-from itertools import pairwise, permutations
+from functools import partial
+from itertools import chain, pairwise, permutations
 from typing import Any
 
 import pytest
@@ -58,8 +59,9 @@ class AnyOrder:
     def device(self, numbytes: int) -> Tensor:
         return torch.full((numbytes,), 255, dtype=torch.uint8)  # what is not copied in shows
 
-    def copy(self, lane: str, target: Tensor, source: Tensor) -> None:
-        self.queues[lane].append(lambda: target.copy_(source))
+    def copy(self, lane: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        for target, source in pairs:
+            self.queues[lane].append(partial(target.copy_, source))
 
     def call(self, work: Callable[[], None]) -> None:
         self.queues["main"].append(work)
@@ -119,12 +121,13 @@ def share(ours: Tensor, theirs: Tensor) -> float:
 
 def test_the_kernel_is_its_definition_bit_for_bit() -> None:
     """On a CPU under Triton's interpreter, which cuts bfloat16 off instead of rounding it: there within a step."""
-    for tensors, rule in kernel.cases(DEVICE):
-        ours, theirs = [t.clone() for t in tensors], [t.clone() for t in tensors]
-        kernel.adamw8_reference(*theirs, **rule)
+    for operands, rule in kernel.cases(DEVICE):
+        ours, theirs = ([tuple(t.clone() for t in each) for each in operands] for _ in range(2))
+        with forced("torch"):
+            kernel.adamw8(theirs, **rule)
         with forced("triton"):
-            kernel.adamw8(*ours, **rule)
-        for one, other in zip(ours, theirs):
+            kernel.adamw8(ours, **rule)
+        for one, other in zip(chain(*ours), chain(*theirs)):
             if one.dtype == torch.bfloat16 and not CUDA:
                 torch.testing.assert_close(one, other, rtol=2**-7, atol=0)
             else:
@@ -218,18 +221,17 @@ def test_a_regression_is_solved_as_with_float32_moments() -> None:
 
 
 def test_wrong_tensors_are_refused() -> None:
-    tensors, rule = next(kernel.cases(torch.device("cpu")))
-    short = [*tensors[:5], torch.zeros(2)]
+    operands, rule = next(kernel.cases(torch.device("cpu")))
+    one = operands[0]
     with pytest.raises(ValueError, match="1 elements need 1 scales"):
-        kernel.adamw8(*short, **rule)
+        kernel.adamw8([*operands, (*one[:5], torch.zeros(2))], **rule)
     with pytest.raises(TypeError, match="by torch"):
-        kernel.adamw8(tensors[0].double(), *tensors[1:], **rule)
+        kernel.adamw8([(one[0].double(), *one[1:])], **rule)
     with pytest.raises(TypeError, match="8-bit moments are uint8"):
-        kernel.adamw8(*tensors[:2], tensors[2].to(torch.int8), *tensors[3:], **rule)
-    strided = torch.zeros(512)[::2]
+        kernel.adamw8([(*one[:2], one[2].to(torch.int8), *one[3:])], **rule)
     codes, scales = torch.zeros(2, 256, dtype=torch.uint8), torch.zeros(2, 1)
     with pytest.raises(ValueError, match="contiguous"):
-        kernel.adamw8(strided, torch.zeros(256), *codes, *scales, **rule)
+        kernel.adamw8([(torch.zeros(512)[::2], torch.zeros(256), *codes, *scales)], **rule)
     with pytest.raises(ValueError, match="8 or 32 bits, not 16"):
         AdamW8bit(parameters((2, 2)), bits=16)
 
@@ -330,7 +332,7 @@ def lean(kind: str, ours: Sequence[nn.Parameter]) -> AdamW8bit:
 
 @pytest.fixture
 def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pages of a few hundred elements, so that small tensors are cut and share slots."""
+    """Slots of a kilobyte, so that small tensors are cut and share slots."""
     monkeypatch.setattr("loraloom.optim8.PAGED_FROM", 300)
     monkeypatch.setattr("loraloom.optim8.PIECE", 1024)
 
@@ -563,4 +565,4 @@ def test_what_does_not_fit_runs_paged_with_the_same_losses() -> None:
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
         torch.cuda.empty_cache()
-    assert staging_bytes("adamw", [2**22]) == SLOTS * 2 * 4 * 2**21
+    assert staging_bytes("adamw", [2**22]) == SLOTS * 2 * 2**23

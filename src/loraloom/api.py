@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,12 +28,17 @@ from .data import Examples
 from .data import cache as store
 from .errors import Failure, NonFinite, OutOfMemory, UserError
 from .files import write_json, write_text
-from .fit import find_gpu
+from .fit import find_gpu, fit_pass
+from .fold import merge
+from .model import Loaded
+from .oom import explain_oom
+from .packing import StepPlan
 from .report import build_report
 from .rundir import Run, refuse_taken
 from .small_model import cache_folder
 from .train import train_loop
-from .use import Opened, converse, evaluate, merge, open_target
+from .use import Opened, converse, evaluate, open_target
+from .workload import Measured
 from .workshop import Workshop, build
 
 __all__ = ["Opened", "Run", "converse", "evaluate", "merge", "open_target", "plan", "resume", "train"]
@@ -70,7 +76,7 @@ def train(
     chosen, origins = resolve(None if isinstance(config, RunConfig) else config, given)
     refuse_taken(Path(chosen.output))
     torch.manual_seed(chosen.train.seed)  # nothing of ours draws from it; a part of a model may
-    shop = build(chosen, offline=offline, cache=data_cache(), progress=progress)
+    shop = build(chosen, offline=offline, cache=data_cache(), progress=progress, fit=fit_beside_the_model)
     origins = origins | dict.fromkeys(shop.decided, "auto")
     machine = {"device": str(shop.loaded.device), "device_name": device_name(shop.loaded.device)}
     number_format = {"dtype": str(shop.loaded.dtype).removeprefix("torch."), "reason": shop.loaded.reason}
@@ -243,17 +249,29 @@ def parameter_counts(shop: Workshop) -> dict[str, int]:
     return {"trainable": trainable, "total": sum(p.numel() for p in shop.model.parameters())}
 
 
+def fit_beside_the_model(config: RunConfig, loaded: Loaded, examples: Examples, steps: StepPlan) -> int:
+    """The most tokens of a pass for which the GPU has room, now that the base stands in it."""
+    gpu = find_gpu(None)
+    assert gpu is not None
+    held = torch.cuda.memory_reserved(loaded.device)
+    work = Measured(examples, steps, packing=config.data.packing)
+    return fit_pass(config, loaded.model.config, work, replace(gpu, bytes=gpu.bytes + held))
+
+
 def out_of_memory(shop: Workshop, error: Exception) -> OutOfMemory:
-    """Which two changes help, largest first."""
-    tokens = shop.micro_tokens
-    changes = [f"train.micro_tokens={tokens // 2} (now {tokens}): about half of the activations"]
-    if not shop.config.train.gradient_checkpointing:
-        changes.append("train.gradient_checkpointing=true: keeps only each layer's input")
-    return OutOfMemory(
-        f"the device ran out of memory at {tokens} tokens in a forward pass: activations grew past what is free",
-        details=[str(error).splitlines()[0], *changes],
-        hint="--set " + " --set ".join(change.split(" ")[0].rstrip(":") for change in changes),
-    )
+    """What takes how much, what grew, and which two changes save most."""
+    work = Measured(shop.train, shop.plan, packing=shop.packing)
+    device, said = shop.loaded.device, str(error)
+    cuda = device.type == "cuda"
+    total = torch.cuda.get_device_properties(device).total_memory if cuda else None
+    cudnn = cuda and torch.cuda.get_device_capability(device)[0] >= 9
+    try:
+        return explain_oom(
+            shop.config, shop.model.config, work, shop.micro_tokens, cudnn=cudnn, total=total, said=said
+        )
+    except UserError:
+        half = f"train.micro_tokens={shop.micro_tokens // 2}"
+        return OutOfMemory(f"out of memory: {said.splitlines()[0]}", hint=f"--set {half}")
 
 
 def keep_data(shop: Workshop, run: Run) -> None:

@@ -37,6 +37,13 @@ def is_bnb4(config: Mapping[str, Any]) -> bool:
     return about.get("quant_method") == "bitsandbytes" and bool(about.get("load_in_4bit"))
 
 
+def no_place(what: str) -> UserError:
+    return UserError(
+        f"bitsandbytes' format has no place for {what} in 4 bits: it has nf4 and fp4, of plain layers",
+        hint="model.quantize puts the model into 4 bits while it is read",
+    )
+
+
 @dataclass(frozen=True)
 class Stored:
     """A weight in 4 bits that is still in its files; `stored[...]` reads it, as of a safetensors slice."""
@@ -109,10 +116,7 @@ def file_tensors(name: str, w: Weight4) -> dict[str, Tensor]:
     """
     codes = w.codes
     if codes.table not in TABLES or codes.experts is not None:
-        what = "fused experts" if codes.experts is not None else codes.table
-        raise UserError(
-            f"{name}: bitsandbytes' format has no place for {what} in 4 bits", hint="use nf4 or fp4"
-        )
+        raise no_place(f"{name}, fused experts," if codes.experts is not None else f"the table {codes.table}")
     about: dict[str, Any] = {
         "quant_type": codes.table,
         "blocksize": codes.block,
@@ -120,10 +124,10 @@ def file_tensors(name: str, w: Weight4) -> dict[str, Tensor]:
         "shape": list(codes.shape),
     }
     s = codes.scales
-    tensors = {"": codes.packed[:, None], ".quant_map": table(codes.table, torch.device("cpu"))}
+    tensors = {"": codes.packed[:, None], ".quant_map": table(codes.table).clone()}
     if isinstance(s, Scales8):
         tensors |= {".absmax": s.code_G, ".nested_absmax": s.absmax_S}
-        tensors[".nested_quant_map"] = dynamic_map(signed=True, device=torch.device("cpu"))
+        tensors[".nested_quant_map"] = dynamic_map(signed=True, device=torch.device("cpu")).clone()
         about |= {
             "nested_blocksize": NESTED_BLOCK,
             "nested_dtype": "float32",

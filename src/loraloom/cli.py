@@ -95,6 +95,13 @@ def with_json(function: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+class MergedFormat(click.Choice[str]):
+    """What a merged model may be written in; 4 bits pass, to be refused with the reason."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value in ("nf4", "fp4", "e2m1") else super().convert(value, param, ctx)
+
+
 offline_option = click.option("--offline", is_flag=True, help="Make no request at all.")
 model_option = click.option("-m", "--model", help="The base: a folder or a Hugging Face id.")
 
@@ -138,13 +145,26 @@ def download(id: str, revision: str | None, local_dir: str | None, offline: bool
 )
 @click.option("--allow-pickle", is_flag=True, help="Read .bin files, which could run code.")
 @click.option("--tokenizer", help="A folder with the tokenizer, instead of the one in SRC.")
+@click.option(
+    "--quantize", type=click.Choice(["nf4", "fp4", "e2m1"]), help="Linear layers in bitsandbytes' 4 bits."
+)
+@click.option("--no-double-quant", is_flag=True, help="With --quantize: keep the scales in 32 bits.")
 @click.option("--force", is_flag=True, help="Replace DST.")
 @with_json
-def convert(src: str, dst: str, as_json: bool, **options: Any) -> Any:
-    """Turn a GGUF file or .bin weights into a safetensors folder, and verify it."""
-    from . import convert as conversion
+def convert(
+    src: str, dst: str, quantize: str | None, no_double_quant: bool, as_json: bool, **options: Any
+) -> Any:
+    """Turn a GGUF file or .bin weights into a safetensors folder, or a model into 4 bits, and verify it."""
+    if quantize is None:
+        from . import convert as conversion
 
-    return console.fields(asdict(conversion.convert(src, dst, **options)), as_json)
+        return console.fields(asdict(conversion.convert(src, dst, **options)), as_json)
+    from . import quantize_files
+
+    if options.pop("tokenizer"):
+        raise UserError("--tokenizer is for GGUF files", hint="leave it out")
+    made = quantize_files.quantize_folder(src, dst, table=quantize, double=not no_double_quant, **options)
+    return console.fields(asdict(made), as_json)
 
 
 @cli.command()
@@ -318,20 +338,29 @@ def finish(run: Any, quiet: bool, as_json: bool) -> Any:
 @click.argument("run")
 @click.argument("out")
 @model_option
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the merged weights.")
+@click.option(
+    "--dtype",
+    type=MergedFormat(["float32", "bfloat16", "float16"]),
+    help="Of the merged weights, as in the base.",
+)
+@click.option(
+    "--base",
+    type=click.Choice(["dequantized", "original"]),
+    help="Of a run in 4 bits: the weights that training saw, as by default, or those of the checkpoint.",
+)
+@click.option("--no-verify", is_flag=True, help="Do not run the merged model beside the adapter.")
 @click.option("--force", is_flag=True, help="Replace OUT.")
 @offline_option
 @with_json
 def merge(run: str, out: str, as_json: bool, **options: Any) -> Any:
     """Fold a run's adapter into its base, write the whole model to OUT, and verify it."""
-    from . import use, verify
+    from . import fold
 
-    result = use.merge(run, out, **options)
+    result = fold.merge(run, out, progress=not as_json, **options)
     if as_json:
-        click.echo(json.dumps(result.to_dict() | {"folder": out}))
+        click.echo(json.dumps(result.to_dict()))
     else:
-        console.out.print(Text(f"Merged into {out}"))
-        verify.render(result, console.out)
+        console.show_merge(result)
     return 0 if result.ok else Failure.exit_code
 
 

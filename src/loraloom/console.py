@@ -15,6 +15,7 @@ from rich.text import Text
 
 from .config import resolve_alpha
 from .errors import UserError
+from .wording import percent
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -142,6 +143,48 @@ def show_run(run: Any) -> None:
     err.print(
         f" Next     loraloom eval {run.path}  ·  loraloom chat {run.path}  ·  loraloom merge {run.path} OUT"
     )
+
+
+def show_merge(result: Any) -> None:
+    """What a merge kept of the update, the worst layers first, and its verification."""
+    from . import verify
+
+    merged = result.merged
+    out.print(Text(f"Merged into {merged.folder}"))
+    sums = f"{len(merged.layers)} layers on the {merged.base} base" if merged.layers else "no layer"
+    whole = f", {len(merged.replaced)} parameters that were trained whole" if merged.replaced else ""
+    parted = "; the head and the embedding, one tensor in the base, are two now" if merged.untied else ""
+    out.print(Text(f" {sums}{whole}, saved in {merged.dtype}{parted}"))
+    for note in merged.notes:
+        out.print(Text(f" note  {note}"))
+    if merged.layers:
+        rows = [*worst(merged.layers), ("all", None, merged.total("error"), merged.total("rounding"))]
+        width = max(len(name) for name, *_ in rows)
+        head = (
+            f" {'of the update lost, worst first':<{width}}  {'update/W':>9}  {'error':>9}  {'rounding':>9}"
+        )
+        out.print(Text(head, style="dim"))
+        for name, *shares in rows:
+            out.print(Text(f" {name:<{width}}" + "".join(f"  {as_share(value):>9}" for value in shares)))
+    if merged.hint:
+        out.print(Text(f" {merged.hint}", style="yellow"))
+    if result.verification is None:
+        out.print(Text(f" not verified: {result.skipped}", style="yellow"))
+        return
+    verify.render(result.verification, out)
+    if (known := result.trained) is not None:
+        agree = f"top-1 agree {as_share(known.top1_agreement)}, mean KL {known.mean_kl:.2g}"
+        out.print(Text(f" against the adapter on the 4-bit base of its training (not judged): {agree}"))
+
+
+def worst(layers: Any, count: int = 5) -> list[tuple[str, float | None, float, float]]:
+    """The layers that lost the largest share of their update."""
+    order = sorted((row for row in layers if row.error), key=lambda row: -row.error)
+    return [(row.name, row.share, row.error, row.rounding) for row in order[:count]]
+
+
+def as_share(value: float | None) -> str:
+    return "" if value is None else percent(value)
 
 
 def clock(seconds: float) -> str:

@@ -69,7 +69,7 @@ def nothing_fits(predictor: Predictor, work: Workload, gpu: Gpu) -> UserError:
     )
 
 
-def fit(config: RunConfig, shape: Any, work: Workload, gpu: Gpu) -> int:
+def fit_pass(config: RunConfig, shape: Any, work: Workload, gpu: Gpu) -> int:
     """train.micro_tokens=fit: the most tokens of a pass that fits.
 
     raises  UserError if none does

@@ -94,7 +94,7 @@ def verify_merge(
     """
     before = record(tuned, prompts)
     known = record(trained, prompts) if trained is not None else None
-    merged = load_model(ModelConfig(id=str(folder), dtype=dtype, device=str(device)), offline=True)  # type: ignore[arg-type]
+    merged = load_model(ModelConfig(id=str(folder), dtype=dtype, device=str(device)), offline=True)
     result = verify.compare_models(
         before.tuned, merged.model, prompts, dtype=dtype, base=before.base, on_prompt=on_prompt
     )
@@ -108,10 +108,15 @@ def record(load: Tuned, prompts: Sequence[list[int]]) -> Recorded:
     loaded, adapters = load()
     recorded = Recorded(loaded, adapters, prompts)
     del loaded, adapters
+    released()
+    return recorded
+
+
+def released() -> None:
+    """Give back what a model took that nobody holds any more; a model and its adapters hold each other."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return recorded
 
 
 def within(prompts: Sequence[list[int]], vocabulary: int, models: int) -> list[list[int]]:

@@ -18,8 +18,7 @@ source  Dettmers et al. 2022, arXiv:2110.02861; QLoRA, arXiv:2305.14314, section
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from .kernels.adamw8 import adamw8, num_blocks
+from .kernels.adamw8 import Operands, adamw8, num_blocks
 from .kernels.scales8 import BLOCK8
 from .paging import PIECE, SLOTS, CudaLanes, Lanes, Load, Pager, Pair, cut, padded
 
@@ -44,6 +43,23 @@ class Part(NamedTuple):
     start: int
     stop: int
     step: int
+
+    @property
+    def is_whole(self) -> bool:
+        return self.stop - self.start == self.parameter.numel()
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """These elements of a contiguous tensor of the parameter's shape; in one dimension if they are not all."""
+        return tensor if self.is_whole else tensor.view(-1)[self.start : self.stop]
+
+    def write(self, values: Tensor) -> None:
+        """Put the elements into the parameter, whatever its strides and dtype."""
+        if self.is_whole:
+            self.parameter.copy_(values)
+        else:
+            every = self.parameter.contiguous()
+            self.of(every).copy_(values)
+            self.parameter.copy_(every)
 
 
 class AdamW8bit(torch.optim.Optimizer):
@@ -89,24 +105,24 @@ class AdamW8bit(torch.optim.Optimizer):
             away: list[Part] = []
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    whole = self.advance(parameter)
-                    (away if self.on_host(parameter) else here).append(whole)
+                    (away if self.on_host(parameter) else here).append(self.whole(parameter))
             self.update(group, here, [self.moments(part) for part in here])
-            for pieces in cut([part.stop for part in away], PIECE):
+            for pieces in cut([part.stop for part in away], PIECE // (self.bits // 8)):
                 parts = [away[index]._replace(start=start, stop=stop) for index, start, stop in pieces]
                 loads.append(Load([self.moments(part) for part in parts], partial(self.update, group, parts)))
+            if here or away:
+                torch._foreach_add_([self.state[part.parameter]["step"] for part in (*here, *away)], 1)
         if self.pager is not None:
             self.pager.run(loads)
         return loss
 
-    def advance(self, parameter: Tensor) -> Part:
-        """The whole parameter at its next step; its state is made at the first."""
+    def whole(self, parameter: Tensor) -> Part:
+        """The parameter at its next step; its state is made at the first."""
         state = self.state[parameter]
         if not state:
             state.update(self.new_state(parameter))
-        state["step"] += 1
         assert parameter.grad is not None
-        return Part(parameter, parameter.grad, 0, parameter.numel(), int(state["step"]))
+        return Part(parameter, parameter.grad, 0, parameter.numel(), int(state["step"]) + 1)
 
     def new_state(self, parameter: Tensor) -> dict[str, Tensor]:
         state = {"step": torch.tensor(0.0)}
@@ -132,38 +148,46 @@ class AdamW8bit(torch.optim.Optimizer):
         return self.pager is not None and parameter.numel() >= PAGED_FROM
 
     def moments(self, part: Part) -> Pair:
-        """A part's two moments where they live, in one dimension."""
+        """A part's two moments where they live; a piece of a parameter in one dimension."""
         state = self.state[part.parameter]
-        suffix = "_code" if self.in_8_bits(part.parameter) else ""
-        first, second = (state[name + suffix].view(-1)[part.start : part.stop] for name in MOMENTS)
-        return first, second
+        first, second = ("exp_avg", "exp_avg_sq")
+        if self.in_8_bits(part.parameter):
+            first, second = ("exp_avg_code", "exp_avg_sq_code")
+        return part.of(state[first]), part.of(state[second])
 
     def update(self, group: dict[str, Any], parts: Sequence[Part], moments: Sequence[Pair]) -> None:
         """Move parts by their gradients and their moments, which are on the same device."""
-        if not parts:
-            return
         rule = {key: group[key] for key in ("lr", "weight_decay", "eps")}
+        narrow: dict[int, list[Operands]] = {}
         wide: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
-        with ExitStack() as stack:
-            for part, (m, v) in zip(parts, moments):
-                dtype = part.parameter.dtype if m.dtype == torch.uint8 else m.dtype
-                p = stack.enter_context(flat(part, dtype))
-                grad = part.grad.contiguous().view(-1)[part.start : part.stop]
-                if m.dtype == torch.uint8:
-                    adamw8(p, grad, m, v, *self.scales(part), betas=group["betas"], step=part.step, **rule)
-                else:
-                    wide.append((p, grad.to(dtype), m, v, torch.tensor(part.step - 1.0)))
-            if wide:
-                ps, grads, ms, vs, steps = (list(column) for column in zip(*wide))
-                beta1, beta2 = group["betas"]
-                fixed: dict[str, Any] = {"amsgrad": False, "maximize": False}
-                adamw(ps, grads, ms, vs, [], steps, beta1=beta1, beta2=beta2, **rule, **fixed)
+        copies: list[tuple[Part, Tensor]] = []
+        for part, (m, v) in zip(parts, moments):
+            dtype = part.parameter.dtype if m.dtype == torch.uint8 else m.dtype
+            p, grad = part.of(part.parameter.to(dtype).contiguous()), part.of(part.grad.contiguous())
+            if not part.parameter.is_contiguous() or part.parameter.dtype != dtype:
+                copies.append((part, p))
+            if m.dtype == torch.uint8:
+                narrow.setdefault(part.step, []).append((p, grad, m, v, *self.scales(part)))
+            else:
+                wide.append((p, grad.to(dtype), m, v, torch.tensor(part.step - 1.0)))
+        for step, operands in narrow.items():
+            adamw8(operands, betas=group["betas"], step=step, **rule)
+        if wide:
+            ps, grads, ms, vs, steps = (list(column) for column in zip(*wide))
+            beta1, beta2 = group["betas"]
+            fixed: dict[str, Any] = {"amsgrad": False, "maximize": False}
+            adamw(ps, grads, ms, vs, [], steps, beta1=beta1, beta2=beta2, **rule, **fixed)
+        for part, p in copies:
+            part.write(p)
 
     def scales(self, part: Part) -> Pair:
         """The scales of a part's 8-bit moments; parts are cut where blocks end."""
+        state = self.state[part.parameter]
+        first, second = state["exp_avg_absmax"], state["exp_avg_sq_absmax"]
+        if part.is_whole:
+            return first, second
         blocks = slice(part.start // BLOCK8, num_blocks(part.stop))
-        first, second = (self.state[part.parameter][f"{name}_absmax"][blocks] for name in MOMENTS)
-        return first, second
+        return first[blocks], second[blocks]
 
     def finish(self) -> None:
         """Wait until what `step` queued is done, so that the state can be read."""
@@ -202,20 +226,6 @@ class PagedAdamW(AdamW8bit):
         super().__init__(params, *args, bits=32, paged=True, **options)
 
 
-@contextmanager
-def flat(part: Part, dtype: torch.dtype) -> Iterator[Tensor]:
-    """A part's elements in one dimension and a dtype; what is only a copy is written back at the end."""
-    parameter = part.parameter.detach()
-    whole = parameter.contiguous().view(-1)
-    own = whole[part.start : part.stop]
-    used = own.to(dtype)
-    yield used
-    if used is not own:
-        own.copy_(used)
-    if not parameter.is_contiguous():
-        parameter.copy_(whole.view(parameter.shape))
-
-
 def state_bytes(optimizer: str, numel: int) -> int:
     """Bytes of state of one float32 parameter, wherever they are; step counts, on the CPU, left out.
 
@@ -240,9 +250,10 @@ def host_bytes(optimizer: str, numel: int) -> int:
 
 def staging_bytes(optimizer: str, numels: Sequence[int]) -> int:
     """Bytes of the GPU that the slots of a paged optimizer take, for one group of parameters of these sizes."""
-    loads = cut([numel for numel in numels if numel >= PAGED_FROM], PIECE)
+    size = element_bytes(optimizer)
+    loads = cut([numel for numel in numels if numel >= PAGED_FROM], PIECE // size)
     longest = max((sum(padded(stop - start) for _, start, stop in load) for load in loads), default=0)
-    return 2 * SLOTS * longest * element_bytes(optimizer)
+    return 2 * SLOTS * longest * size
 
 
 def element_bytes(optimizer: str) -> int:

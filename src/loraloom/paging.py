@@ -10,7 +10,7 @@ host waits only in `finish`, which whoever reads the state calls first.
 
 What an order is kept with is a `Lanes`: CUDA streams, or a test's own that runs the work in any allowed order.
 
-units   PIECE in elements of one moment; a slot has two buffers of at most that length
+units   PIECE in bytes of one moment; a slot has two buffers of at most that length
 source  QLoRA, arXiv:2305.14314, section 3 (paged optimizers there are managed memory, moved by the driver)
 """
 
@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-PIECE = 2**21  # 8 MiB of float32: long enough to run at the bus's speed, and three slots take 48 MiB
+PIECE = 2**23  # 8 MiB: long enough to run at the bus's speed, and three slots take 48 MiB
 SLOTS = 3  # one coming in, one updated, one going out
 ALIGN = 256  # elements; where parts start in a slot, and the blocks of 8-bit moments
 
@@ -39,7 +39,8 @@ class Lanes(Protocol):
     def device(self, numbytes: int) -> Tensor:
         """A buffer of bytes on the device that every lane may use."""
 
-    def copy(self, lane: str, target: Tensor, source: Tensor) -> None: ...
+    def copy(self, lane: str, pairs: Sequence[Pair]) -> None:
+        """Queue the copies to the first of each pair from the second."""
 
     def call(self, work: Callable[[], None]) -> None:
         """Queue work on "main"."""
@@ -75,9 +76,10 @@ class CudaLanes:
             buffer.record_stream(stream)  # else its memory could be given away with a copy under way
         return buffer
 
-    def copy(self, lane: str, target: Tensor, source: Tensor) -> None:
+    def copy(self, lane: str, pairs: Sequence[Pair]) -> None:
         with torch.cuda.stream(self.stream(lane)):
-            target.copy_(source, non_blocking=True)
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
 
     def call(self, work: Callable[[], None]) -> None:
         work()
@@ -134,14 +136,12 @@ class Pager:
             if slot.free is not None:
                 lanes.wait("in", slot.free)
             staged = places(slot.buffers, load.hosts)
-            copies = [pair for hosts, buffers in zip(load.hosts, staged) for pair in zip(hosts, buffers)]
-            for host, buffer in copies:
-                lanes.copy("in", buffer, host)
+            copies = [pair for buffers, hosts in zip(staged, load.hosts) for pair in zip(buffers, hosts)]
+            lanes.copy("in", copies)
             lanes.wait("main", lanes.mark("in"))
             lanes.call(lambda load=load, staged=staged: load.update(staged))  # type: ignore[misc]
             lanes.wait("out", lanes.mark("main"))
-            for host, buffer in copies:
-                lanes.copy("out", host, buffer)
+            lanes.copy("out", [(host, buffer) for buffer, host in copies])
             slot.free = lanes.mark("out")
         self.written = lanes.mark("out")
 
@@ -155,11 +155,12 @@ class Pager:
 
 
 def places(buffers: Pair, hosts: Sequence[Pair]) -> list[Pair]:
-    """Where in a slot's buffers each part goes, one behind the other."""
+    """Where in a slot's buffers each part goes, one behind the other, in its shape and dtype."""
     found, start = [], 0
     for first, second in hosts:
-        stop = start + first.nbytes
-        found.append((buffers[0][start:stop].view(first.dtype), buffers[1][start:stop].view(second.dtype)))
+        part = slice(start, start + first.nbytes)
+        one, other = (buffer[part].view(first.dtype).view(first.shape) for buffer in buffers)
+        found.append((one, other))
         start += room(first)
     return found
 

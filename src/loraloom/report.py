@@ -68,7 +68,9 @@ def report_content(run: Run) -> dict[str, Any]:
         "environment": sections.pairs(
             {name: value for name, value in run.env.items() if name != "base_is_folder"}
         ),
-        "merge": sections.pairs(run.read("merge.json", None) or {}),
+        "merge": sections.pairs(
+            {name: value for name, value in (run.read("merge.json", None) or {}).items() if name != "layers"}
+        ),
         "command": run.command,
     }
 

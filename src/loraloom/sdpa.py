@@ -28,9 +28,9 @@ from torch import Tensor
 class Kernel:
     """A fused attention and what its backward pass takes for itself, in float32 numbers.
 
-    query    for each element of q: the sum of dq over blocks of keys
-    row      for each row and head: delta = sum(dout * out), and what the softmax is normalised by
-    shared   for each element of k and v spread over the query heads that share them, in q's dtype
+    query       for each element of q: the sum of dq over blocks of keys
+    row         for each row and head: delta = sum(dout * out), and what the softmax is normalised by
+    shared      for each element of k and v spread over the query heads that share them, in q's dtype
     rows_first  whether out lies as (B, T, H, D) in any case, and not as q does
     """
 

@@ -1,4 +1,4 @@
-"""A run, an adapter or a plain model, opened for use: evaluate, chat, merge.
+"""A run, an adapter or a plain model, opened for use: evaluate, chat.
 
 A run folder brings everything with it: the base, the adapter, how prompts are written, the held-out examples.
 """
@@ -6,14 +6,13 @@ A run folder brings everything with it: the base, the adapter, how prompts are w
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from . import hub, verify
+from . import hub
 from .adapt import Adapters
 from .adapter_io import load_adapter, trained_on
 from .config import DataConfig, ModelConfig, Source
@@ -24,24 +23,13 @@ from .errors import DataError, UserError, nearest
 from .evaluate import evaluate_run
 from .files import write_json
 from .generate import context_length
-from .model import Loaded, load_model, write_model
-from .model_files import read_config as read_settings
+from .model import Loaded, load_model
+from .model_files import stored_format
 from .peft_config import CONFIG, read_config
 from .rundir import STATE, Run, find_runs
 from .workshop import UNLIMITED
 
 STORED = "stored"  # the number format that the base's weights have on the disk
-NUM_PROMPTS = 32  # for the verification of a merge
-PLAIN_PROMPTS = (
-    "The capital of France is",
-    "Once upon a time there was",
-    "Water boils when",
-    "def add(a, b):",
-    "Write a short list of healthy food.",
-    "What is 12 plus 30?",
-    "In the year 1969",
-    "The quick brown fox",
-)
 
 
 @dataclass
@@ -67,14 +55,7 @@ class Opened:
 
         raises  DataError if there are none
         """
-        if data is not None:
-            return self.examples_of(data)
-        found = store.fetch(self.run.path / "data" / "held-out") if self.run is not None else None
-        if found is None or not len(found[1]):
-            raise DataError(
-                f"{self.target} has no held-out examples", hint="name a file of them: --data FILE"
-            )
-        return found[1]
+        return held_out(self.target, self.run) if data is None else self.examples_of(data)
 
     def examples_of(self, data: str) -> Examples:
         given = self.run.config.data if self.run is not None else DataConfig(train=[Source(path=data)])
@@ -89,6 +70,17 @@ class Opened:
         )
         limit = context_length(self.model) or UNLIMITED
         return prepare(config, self.tokenizer, model_max_length=limit, progress=False).train
+
+
+def held_out(target: str, run: Run | None) -> Examples:
+    """A run's held-out examples.
+
+    raises  DataError if there are none
+    """
+    found = store.fetch(run.path / "data" / "held-out") if run is not None else None
+    if found is None or not len(found[1]):
+        raise DataError(f"{target} has no held-out examples", hint="name a file of them: --data FILE")
+    return found[1]
 
 
 @dataclass(frozen=True)
@@ -173,17 +165,13 @@ def near_runs(found: Found) -> Iterator[None]:
         raise
 
 
-def load_base(
-    config: ModelConfig, dtype: str | None, *, keep: Sequence[str] = (), offline: bool
-) -> Loaded:
+def load_base(config: ModelConfig, dtype: str | None, *, keep: Sequence[str] = (), offline: bool) -> Loaded:
     """The base in a number format: one that is named, the one on its disk, or what the settings say."""
     if dtype == STORED:
         source = hub.resolve(
             config.id, revision=config.revision, offline=offline, allow_pickle=config.allow_pickle
         )
-        about = read_settings(source.path)
-        named = about.get("dtype") or about.get("torch_dtype")
-        dtype = named if named in ("float32", "bfloat16", "float16") else None
+        dtype = stored_format(source.path)
     return load_model(config.model_copy(update={"dtype": dtype} if dtype else {}), keep=keep, offline=offline)
 
 
@@ -247,24 +235,3 @@ def converse(opened: Opened, **settings: Any) -> Conversation:
         pad_id=opened.loaded.pad_id,
         **settings,
     )
-
-
-def refuse_taken(out: Path, *, force: bool) -> None:
-    """
-    raises  UserError if `out` is a file, or a folder with something in it that may not be replaced
-    """
-    if out.is_file():
-        raise UserError(f"{out} is a file; a model needs a folder", hint="choose another one")
-    if out.is_dir() and any(out.iterdir()) and not force:
-        raise UserError(f"{out} is there already", hint="choose another folder, or --force to replace it")
-
-
-def refuse_replacing(out: Path, *needed: Path) -> None:
-    """
-    raises  UserError if replacing the folder `out` would remove one of these folders
-    """
-    for folder in needed:
-        if out.exists() and folder.resolve().is_relative_to(out.resolve()):
-            raise UserError(f"replacing {out} would remove {folder}", hint="choose another folder")
-
-

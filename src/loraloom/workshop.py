@@ -6,7 +6,7 @@ Everything that was `auto` is decided here, with the reason, and stored in the r
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,9 @@ from .packing import StepPlan
 
 DEFAULT_BATCH = 16  # examples a step, if neither batch_size nor batch_tokens is set
 UNLIMITED = 1 << 20  # tokens, for a model that names no limit
+
+
+Fit = Callable[[RunConfig, Loaded, Examples, StepPlan], int]
 
 
 @dataclass
@@ -109,9 +112,16 @@ class Workshop:
 
 
 def build(
-    config: RunConfig, *, offline: bool = False, cache: Path | None = None, progress: bool = True
+    config: RunConfig,
+    *,
+    offline: bool = False,
+    cache: Path | None = None,
+    progress: bool = True,
+    fit: Fit | None = None,
 ) -> Workshop:
     """Load, read, attach and plan.
+
+    fit  chooses the tokens of a pass where train.micro_tokens=fit
 
     raises  UserError, DataError: whatever of the settings, the data or the model does not fit
     """
@@ -149,6 +159,13 @@ def build(
         seed=config.train.seed,
     )
     decided = decide(config, adapter.method.learning_rate, len(plan), loaded)
+    if config.train.micro_tokens == "fit":
+        if fit is None or loaded.device.type != "cuda":
+            raise UserError(
+                f"train.micro_tokens=fit needs a GPU to fit into, and this run is on {loaded.device}",
+                hint="set a number, or auto",
+            )
+        decided["train.micro_tokens"] = fit(config, loaded, prepared.train, plan)
     config = with_values(config, decided)
     assert config.train.learning_rate != "auto"
     optimizer = make_optimizer(adapters.groups(config.train.learning_rate), config.train)

@@ -15,29 +15,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .adamw8 import num_blocks
+from .adamw8 import Operands, num_blocks
 from .scales8 import BLOCK8, TINY
 
 WARPS = 2  # four elements a thread
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def launch(tensors: Sequence[Tensor], maps: Sequence[Tensor], scalars: Sequence[float]) -> None:
-    """Run the kernel on (p, grad, m, v, m_absmax, v_absmax), the four tables, and the factors."""
-    n = tensors[0].numel()
-    if n:
-        form = {"BLOCK": BLOCK8, "num_warps": WARPS, "enable_fp_fusion": False}
-        with torch.cuda.device_of(tensors[0]):
-            _adamw8[(num_blocks(n),)](*tensors, *maps, *scalars, n, TINY, **form)
+def launch(operands: Sequence[Operands], maps: Sequence[Tensor], scalars: Sequence[float]) -> None:
+    """Run the kernel over parameters of equal dtypes: a row of the table for each, addresses, size, first program."""
+    rows, programs = [], 0
+    for each in operands:
+        n = each[0].numel()
+        if n:
+            rows.append([*(t.data_ptr() for t in each), n, programs])
+            programs += num_blocks(n)
+    if not rows:
+        return
+    p, grad = operands[0][:2]
+    # From pinned memory the host need not wait for what is queued before.
+    table = torch.tensor(rows, dtype=torch.int64, pin_memory=p.is_cuda).to(p.device, non_blocking=True)
+    form = {"DEPTH": len(rows).bit_length(), "P": DTYPES[p.dtype], "G": DTYPES[grad.dtype], "BLOCK": BLOCK8}
+    with torch.cuda.device_of(p):
+        _adamw8[(programs,)](
+            table, *maps, *scalars, len(rows), TINY, **form, num_warps=WARPS, enable_fp_fusion=False
+        )
 
 
 @triton.jit
 def _adamw8(
-    p_ptr,
-    grad_ptr,
-    m_ptr,
-    v_ptr,
-    m_absmax_ptr,
-    v_absmax_ptr,
+    table_ptr,
     map_s_ptr,
     middle_s_ptr,
     map_u_ptr,
@@ -50,11 +57,28 @@ def _adamw8(
     rate,
     correct,
     eps,
-    n,
+    num,
     tiny,
+    DEPTH: tl.constexpr,
+    P: tl.constexpr,
+    G: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    block = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0).to(tl.int64)
+    row = tl.full((), 0, tl.int64)
+    for power in tl.static_range(DEPTH):  # the last row whose first program is not behind this one
+        further = row + (1 << (DEPTH - 1 - power))
+        first = tl.load(table_ptr + further * 8 + 7, mask=further < num, other=1 << 62)
+        row = tl.where(first <= program, further, row)
+    entry = table_ptr + row * 8
+    p_ptr = tl.load(entry).to(tl.pointer_type(P))
+    grad_ptr = tl.load(entry + 1).to(tl.pointer_type(G))
+    m_ptr = tl.load(entry + 2).to(tl.pointer_type(tl.uint8))
+    v_ptr = tl.load(entry + 3).to(tl.pointer_type(tl.uint8))
+    m_absmax_ptr = tl.load(entry + 4).to(tl.pointer_type(tl.float32))
+    v_absmax_ptr = tl.load(entry + 5).to(tl.pointer_type(tl.float32))
+    n = tl.load(entry + 6)
+    block = program - tl.load(entry + 7)
     i = block * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
     g = tl.load(grad_ptr + i, mask=inside, other=0.0).to(tl.float32)
@@ -68,7 +92,7 @@ def _adamw8(
 
     move = tl.div_rn(m, tl.sqrt_rn(v) * correct + eps) * rate
     p = tl.load(p_ptr + i, mask=inside, other=0.0).to(tl.float32)
-    tl.store(p_ptr + i, (p * keep - move).to(p_ptr.dtype.element_ty), mask=inside)
+    tl.store(p_ptr + i, (p * keep - move).to(P), mask=inside)
 
     short = (block + 1) * BLOCK > n
     code, absmax = _quantize8(m, middle_s_ptr, short, tiny, BLOCK)

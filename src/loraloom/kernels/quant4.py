@@ -12,10 +12,9 @@ units   scales in weight units, float32, or double-quantised (`Scales8`)
 raises  ValueError if buffers and shape do not fit, the table or block is unknown, or weights are not finite
 source  QLoRA, arXiv:2305.14314, section 3; the layout is bitsandbytes'; e2m1 is the OCP MX format's element
 
-Where bitsandbytes' own paths differ, this is its CPU path: thresholds are the float32 midpoints of the table (its
-CUDA kernels have digits that lie up to 1e-6 beside them), and a short last block is divided, not multiplied by a
-reciprocal. A weight that rounds to zero keeps its sign in the fp4 code, as in CUDA; on a CPU bitsandbytes
-gives code 0 to the negative and code 8 to the positive, both of which stand for zero.
+Where bitsandbytes' own paths differ, so do ours, device by device: see `CUDA_BOUNDS`. A short last block is divided,
+not multiplied by a reciprocal. A weight that rounds to zero keeps its sign in the fp4 code, as in CUDA; on a CPU
+bitsandbytes gives code 0 to the negative and code 8 to the positive, both of which stand for zero.
 """
 
 from __future__ import annotations
@@ -47,6 +46,18 @@ NF4 = (
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
 FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)  # of 12; the code's fourth bit is the sign
+BELOW_ZERO = -torch.finfo(torch.float32).tiny  # what rounds to zero keeps its sign
+# Digits of bitsandbytes' CUDA kernels, which lie up to 1e-6 beside the midpoints: a model quantised on a GPU gets
+# the same bits from both. Its CPU path takes the midpoints, and so does ours.
+CUDA_BOUNDS = {
+    "nf4": (
+        *(-0.8480964004993439, -0.6106329262256622, -0.4599952697753906, -0.33967943489551544),
+        *(-0.23460740596055984, -0.13791173323988914, -0.045525018125772476, 0.03979014977812767),
+        *(0.1202552504837513, 0.2035212516784668, 0.2920137718319893, 0.3893125355243683),
+        *(0.5016634166240692, 0.6427869200706482, 0.8614784181118011),
+    ),
+    "fp4": (0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333),
+}
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of 6; likewise
 
 
@@ -84,10 +95,16 @@ def thresholds(name: str, device: torch.device | str = "cpu") -> Tensor:
 
 @cache
 def _thresholds(name: str, device: torch.device) -> Tensor:
-    value = table(name).index_select(0, _order(name, torch.device("cpu")).int())
+    if device.type == "cuda" and name in CUDA_BOUNDS:
+        bounds = torch.tensor(CUDA_BOUNDS[name], dtype=torch.float32, device="cpu")
+        if name == "fp4":  # of |x|: a tie goes to the smaller magnitude, which below zero is the upper code
+            minus = torch.nextafter(-bounds.flip(0), torch.tensor(-torch.inf, device="cpu"))
+            bounds = torch.cat([minus, minus.new_tensor([BELOW_ZERO]), bounds])
+        return bounds.to(device)
+    value = table(name)[torch.tensor(ascending(name), device="cpu")]
     middle = (value[:-1] + value[1:]) / 2
-    below_zero = -torch.finfo(torch.float32).tiny  # what rounds to zero keeps its sign
-    return torch.where(value[:-1] == value[1:], below_zero, middle).to(device)
+    middle = torch.where(value[:-1] == value[1:], BELOW_ZERO, middle)
+    return middle.to(device)
 
 
 @cache

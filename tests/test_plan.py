@@ -1,0 +1,226 @@
+"""Plans: the LoRA paper's figures, published counts, what fits, a real run's steps and disk, and what to change."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_run import run_tiny, settings
+
+from loraloom import api, cli
+from loraloom.config import RunConfig, resolve, with_values
+from loraloom.errors import OutOfMemory, UserError
+from loraloom.fit import find_gpu, fit_pass, largest
+from loraloom.memory import Predictor
+from loraloom.oom import candidates, explain_oom, savings
+from loraloom.plan import plan, settings_of
+from loraloom.shapes import SHAPES, published
+from loraloom.workload import assumed
+
+PUBLISHED = {  # billions of weights as their authors and model cards give them
+    "gpt3-175b": 175.0,
+    "llama-65b": 65.2,
+    "llama2-7b": 6.74,
+    "llama2-13b": 13.02,
+    "llama2-70b": 68.98,
+    "llama3-8b": 8.03,
+    "llama3-70b": 70.6,
+    "llama3.2-1b": 1.23,
+    "llama3.2-3b": 3.21,
+    "mistral-7b": 7.24,
+}
+GPU80 = 80 * 2**30
+
+
+def config(**changes: Any) -> RunConfig:
+    return resolve(None, {"model": "none", "data": "none", "output": "none", **changes})[0]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_published_shapes_have_the_published_number_of_weights(name):
+    weights = sum(p.numel() for p in Predictor(config(r=1), published(name)).whole.model.parameters())
+    assert weights / 1e9 == pytest.approx(PUBLISHED[name], rel=0.005)
+
+
+def test_the_figures_of_the_lora_paper():
+    """GPT-3 175B, r = 4 on q and v: section 4.2 and table 4 of arXiv:2106.09685."""
+    found = api.plan(
+        shape="gpt3-175b", model="gpt3-175b", r=4, target_modules=["q", "v"], train={"micro_tokens": 2048}
+    )
+    assert found["trainable"] == 18_874_368  # 2 * 96 layers * 2 * 12,288 * 4
+    assert found["disk"]["adapter_16"] == 37_748_736
+    assert found["base_bytes"] == pytest.approx(350e9, rel=0.003)
+    assert found["parts"]["base"] == pytest.approx(found["base_bytes"], rel=1e-6)
+    assert sum(found["full"].values()) == 16 * found["parameters"]
+    assert found["paper"]["full"] == 1.2e12
+    # A third of full fine-tuning, as the paper says, once both leave the activations out.
+    lora = found["peak"] - found["parts"]["activations"]
+    assert lora < sum(found["full"].values()) / 3
+
+
+def test_a_7b_plan_takes_seconds():
+    begun = time.process_time()
+    api.plan(shape="llama2-7b", model="llama2-7b", gpu="80GB", length=2048)
+    assert time.process_time() - begun < 5
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=60), st.integers(0, 800))
+def test_largest_is_the_last_that_fits(rises, limit):
+    costs = [sum(rises[: n + 1]) for n in range(len(rises))]
+    fitting = [n for n, cost in enumerate(costs, 1) if cost <= limit]
+    assert largest(lambda n: costs[n - 1], limit, len(costs)) == (fitting[-1] if fitting else None)
+
+
+def test_straight_costs_take_few_guesses():
+    asked: list[int] = []
+    assert largest(lambda n: asked.append(n) or 7 * n + 1000, 71_003, 1 << 20) == 10_000
+    assert len(asked) < 8
+
+
+@pytest.mark.parametrize("changes", [{}, {"train.gradient_checkpointing": True}, {"model.quantize": "nf4"}])
+def test_what_fits_fits_and_the_next_size_does_not(changes):
+    about, chosen = published("llama3.2-1b"), config(**changes)
+    work, gpu = assumed(chosen, 131072, 1024), find_gpu("16GB")
+    tokens = fit_pass(chosen, about, work, gpu)
+    predictor = Predictor(chosen, about)
+    assert predictor.predict(work.batches(tokens)).needed <= gpu.bytes
+    assert predictor.predict(work.batches(tokens + 64)).needed > gpu.bytes or tokens >= 16 * 1024
+
+
+def test_nothing_fits():
+    with pytest.raises(UserError, match=r"the smallest pass needs 1\d\.\d GB, a GPU of 8 GB has 8\.6"):
+        api.plan(shape="llama3-8b", model="llama3-8b", gpu="8GB", fit=True)
+
+
+def test_fit_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match="no GPU here"):
+        api.plan(shape="llama2-7b", model="llama2-7b", train={"micro_tokens": "fit"})
+
+
+@pytest.mark.parametrize("text", ["80GB", "80", "80 GiB", "80g"])
+def test_a_gpu_by_its_size(text):
+    assert find_gpu(text).bytes == GPU80
+
+
+@pytest.mark.parametrize("text", ["big", "0GB", "80TB"])
+def test_no_gpu_size(text):
+    with pytest.raises(UserError, match="is no size"):
+        find_gpu(text)
+
+
+def test_the_nearest_shape_is_named():
+    with pytest.raises(UserError) as caught:
+        published("llama3-7b")
+    assert "llama3-70b" in caught.value.hint
+
+
+def test_no_model_is_named():
+    with pytest.raises(UserError, match="which model"):
+        settings_of(None, {})
+
+
+def test_a_config_json_is_enough(model_folder, tmp_path, capsys):
+    shutil.copy(model_folder / "config.json", tmp_path / "config.json")
+    assert (
+        cli.run(["plan", "-m", str(tmp_path), "--tokens", "256", "--length", "64", "--gpu", "1GB", "--json"])
+        == 0
+    )
+    found = json.loads(capsys.readouterr().out)
+    assert found["micro_tokens"] == 256
+    assert found["parameters_in_files"] is None
+    assert found["steps"] is None
+    assert found["fits"] is True
+    assert sum(found["parts"].values()) < found["peak"] < found["needed"] < 2**30
+
+
+def test_the_files_agree_about_the_number_of_weights(model_folder):
+    found = api.plan(model=str(model_folder))
+    assert found["parameters_in_files"] == found["parameters"]
+
+
+def test_a_plan_on_the_screen(capsys):
+    arguments = [
+        "--shape",
+        "llama2-7b",
+        "--tokens",
+        "8192",
+        "--length",
+        "2048",
+        "--gpu",
+        "80GB",
+        "--set",
+        "train.batch_size=4",
+    ]
+    assert cli.run(["plan", *arguments]) == 0
+    text = capsys.readouterr().out
+    for words in ("6,738,415,616 weights", "39,976,960 weights train", "4 rows of 2,048 tokens", "activations",
+                  "yes, into 85.9 GB", "1.2 TB in the LoRA paper", "unknown without data"):  # fmt: skip
+        assert words in text
+
+
+def test_a_plan_says_what_the_run_then_does(model_folder, data_file, tmp_path, quick):
+    chosen = settings(model_folder, data_file, tmp_path / "run", train__save_every=5)
+    found = plan(resolve(None, chosen)[0], offline=True)
+    run = run_tiny(model_folder, data_file, tmp_path / "run", train__save_every=5)
+    assert found.steps["steps"] == run.state["steps"]
+    assert found.trainable == run.state["trainable"]
+    assert found.parameters == run.state["total"]
+    assert found.steps["examples"] == 20
+    written = max(sum(file.stat().st_size for file in path.rglob("*")) for _, path in run.checkpoints())
+    names = 512 * 4 * found.adapted * 2  # headers, and the names of each tensor and its moments
+    assert found.disk["checkpoint"] <= written <= found.disk["checkpoint"] + names + 20_000
+
+
+def test_passes_of_real_data_are_the_ones_that_are_packed(model_folder, data_file):
+    chosen = config(**{"model": str(model_folder), "data": str(data_file), "train.batch_size": 8})
+    small, large = (
+        plan(with_values(chosen, {"train.micro_tokens": tokens}), offline=True).parts["activations"]
+        for tokens in (64, 4096)
+    )
+    assert small < large
+
+
+def test_the_two_changes_that_save_most_are_named():
+    about, chosen = published("llama3.2-1b"), config()
+    work = assumed(chosen, 4096, 2048)
+    error = explain_oom(chosen, about, work, 8192, total=40 * 10**9, said="CUDA out of memory. Tried\nmore")
+    assert isinstance(error, OutOfMemory)
+    assert "what grew with the batch is activations" in error.message
+    assert error.details[0] == "CUDA out of memory. Tried"
+    ranked = savings(chosen, about, work, 8192)
+    assert [list(change.settings) for change in ranked[:2]] == [
+        ["train.gradient_checkpointing"],
+        ["train.micro_tokens"],
+    ]
+    assert error.hint == "--set train.gradient_checkpointing=true --set train.micro_tokens=4096"
+    now = Predictor(chosen, about).predict(work.batches(8192)).allocated
+    for change in ranked:
+        tokens = change.settings.get("train.micro_tokens", 8192)
+        after = Predictor(with_values(chosen, change.settings), about).predict(work.batches(tokens)).allocated
+        assert change.saved == now - after > 0
+    assert any(f"saves {ranked[0].saved / 1e9:.2f} GB" in line for line in error.details)
+
+
+def test_what_is_done_already_is_not_advised():
+    chosen = config(r=8, **{"train.gradient_checkpointing": True, "model.quantize": "nf4"})
+    assert list(candidates(chosen, 256)) == [{"train.optimizer": "adamw8bit"}]
+    assert {"r": 32} in list(candidates(config(r=64), 8192))
+
+
+def test_a_moderate_batch_of_a_large_model_is_told_to_quantise():
+    about, chosen = published("llama2-13b"), config(r=8)
+    first = savings(chosen, about, assumed(chosen, 4096, 256), 256)[0]
+    assert first.settings == {"model.quantize": "nf4"}
+    assert first.saved == pytest.approx(12.7e9 * 2 * (1 - 4.127 / 16), rel=0.05)  # the linear layers' share
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path):
+    with pytest.raises(UserError):
+        api.plan(model=str(tmp_path))
