@@ -428,12 +428,12 @@ def test_the_bytes_of_paged_state_are_those_of_the_tensors(name: str) -> None:
 @pytest.mark.parametrize("order", [*permutations(("in", "main", "out")), *range(12)])
 @pytest.mark.parametrize("bits", [8, 32])
 def test_paging_changes_no_bit_in_whatever_order_the_lanes_run(bits: int, order: Any) -> None:
-    """Two groups, tensors longer than a slot and shorter; steps are queued behind each other without a stop.
+    """Two groups, tensors longer than a slot and shorter, one with strides; steps are queued behind each other without a stop.
 
     In some steps gradients are missing, so that a part goes through another slot than the step before.
     """
-    ours = [p.cpu() for p in parameters((80, 70), (301,), (40, 40), (299,), (5000,), (600,))]
-    ours = copies(ours)
+    ours = [nn.Parameter(p.detach().cpu()) for p in parameters((301,), (40, 40), (299,), (5000,), (600,))]
+    ours.insert(0, nn.Parameter(torch.ones(70, 80).t()))
     theirs = copies(ours)
     groups = lambda p: [{"params": p[:2], "weight_decay": 0.0}, {"params": p[2:], "lr": 0.03}]  # noqa: E731
     lanes = AnyOrder(order)

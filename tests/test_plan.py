@@ -83,7 +83,7 @@ def test_straight_costs_take_few_guesses():
     assert len(asked) < 8
 
 
-@pytest.mark.parametrize("changes", [{}, {"train.gradient_checkpointing": True}, {"model.quantize": "nf4"}])
+@pytest.mark.parametrize("changes", [{}, {"train.gradient_checkpointing": True, "model.quantize": "nf4"}])
 def test_what_fits_fits_and_the_next_size_does_not(changes):
     about, chosen = published("llama3.2-1b"), config(**changes)
     work, gpu = assumed(chosen, 131072, 1024), find_gpu("16GB")
@@ -140,6 +140,14 @@ def test_a_config_json_is_enough(model_folder, tmp_path, capsys):
     assert sum(found["parts"].values()) < found["peak"] < found["needed"] < 2**30
 
 
+def test_data_needs_a_tokenizer(model_folder, data_file, tmp_path):
+    shutil.copy(model_folder / "config.json", tmp_path / "config.json")
+    with pytest.raises(UserError, match="has no tokenizer"):
+        api.plan(model=str(tmp_path), data=str(data_file))
+    with pytest.raises(UserError, match="no tokenizer to read the data"):
+        api.plan(shape="llama2-7b", model="llama2-7b", data=str(data_file))
+
+
 def test_the_files_agree_about_the_number_of_weights(model_folder):
     found = api.plan(model=str(model_folder))
     assert found["parameters_in_files"] == found["parameters"]
@@ -187,25 +195,25 @@ def test_passes_of_real_data_are_the_ones_that_are_packed(model_folder, data_fil
     assert small < large
 
 
-def test_the_two_changes_that_save_most_are_named():
-    about, chosen = published("llama3.2-1b"), config()
+def test_the_two_changes_that_save_most_are_named(monkeypatch):
+    about, chosen = published("llama3.2-1b"), config(**{"train.batch_size": 2})
     work = assumed(chosen, 4096, 2048)
-    error = explain_oom(chosen, about, work, 8192, total=40 * 10**9, said="CUDA out of memory. Tried\nmore")
+    ranked = savings(chosen, about, work, 4096)
+    assert [change.words for change in ranked[:2]] == [
+        "train.gradient_checkpointing=true",
+        "train.micro_tokens=2048",
+    ]
+    assert [change.saved for change in ranked] == sorted((change.saved for change in ranked), reverse=True)
+    now = Predictor(chosen, about).predict(work.batches(4096)).allocated
+    after = Predictor(with_values(chosen, ranked[1].settings), about).predict(work.batches(2048)).allocated
+    assert ranked[1].saved == now - after > 0
+    monkeypatch.setattr("loraloom.oom.savings", lambda *_, **__: ranked)
+    error = explain_oom(chosen, about, work, 4096, total=40 * 10**9, said="CUDA out of memory. Tried\nmore")
     assert isinstance(error, OutOfMemory)
     assert "what grew with the batch is activations" in error.message
     assert error.details[0] == "CUDA out of memory. Tried"
-    ranked = savings(chosen, about, work, 8192)
-    assert [list(change.settings) for change in ranked[:2]] == [
-        ["train.gradient_checkpointing"],
-        ["train.micro_tokens"],
-    ]
-    assert error.hint == "--set train.gradient_checkpointing=true --set train.micro_tokens=4096"
-    now = Predictor(chosen, about).predict(work.batches(8192)).allocated
-    for change in ranked:
-        tokens = change.settings.get("train.micro_tokens", 8192)
-        after = Predictor(with_values(chosen, change.settings), about).predict(work.batches(tokens)).allocated
-        assert change.saved == now - after > 0
-    assert any(f"saves {ranked[0].saved / 1e9:.2f} GB" in line for line in error.details)
+    assert error.details[-2].endswith(f"saves {ranked[0].saved / 1e9:.2f} GB")
+    assert error.hint == "--set train.gradient_checkpointing=true --set train.micro_tokens=2048"
 
 
 def test_what_is_done_already_is_not_advised():
@@ -215,7 +223,7 @@ def test_what_is_done_already_is_not_advised():
 
 
 def test_a_moderate_batch_of_a_large_model_is_told_to_quantise():
-    about, chosen = published("llama2-13b"), config(r=8)
+    about, chosen = published("llama2-13b"), config(**{"r": 8, "train.batch_size": 1})
     first = savings(chosen, about, assumed(chosen, 4096, 256), 256)[0]
     assert first.settings == {"model.quantize": "nf4"}
     assert first.saved == pytest.approx(12.7e9 * 2 * (1 - 4.127 / 16), rel=0.05)  # the linear layers' share

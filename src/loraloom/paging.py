@@ -157,7 +157,7 @@ class Pager:
 def places(buffers: Pair, hosts: Sequence[Pair]) -> list[Pair]:
     """Where in a slot's buffers each part goes, one behind the other, in its shape and dtype."""
     found, start = [], 0
-    for first, second in hosts:
+    for first, _ in hosts:
         part = slice(start, start + first.nbytes)
         one, other = (buffer[part].view(first.dtype).view(first.shape) for buffer in buffers)
         found.append((one, other))

@@ -23,7 +23,7 @@ from .facts import read_header
 from .fit import Gpu, largest_pass, nothing_fits
 from .memory import Predictor, dtype_of, stored, tier
 from .model import load_tokenizer
-from .model_files import find_weights, has_tokenizer, read_config
+from .model_files import find_weights, read_config
 from .optim8 import state_bytes
 from .packing import StepPlan
 from .shapes import published
@@ -195,10 +195,17 @@ def folder_of(config: RunConfig, *, offline: bool) -> Path:
 def workload(
     config: RunConfig, folder: Path | None, context: int, length: int | None, *, progress: bool
 ) -> tuple[Workload, dict[str, int] | None]:
-    """The run's batches, and its steps; assumed ones where there is no data or no tokenizer to read it with."""
-    no_data = [source.path for source in config.data.train] == [NO_DATA]
-    if no_data or length is not None or folder is None or not has_tokenizer(folder):
+    """The run's batches, and its steps; assumed ones where there is no data, or a length stands for it.
+
+    raises  UserError if there is data and no tokenizer to read it with
+    """
+    if length is not None or [source.path for source in config.data.train] == [NO_DATA]:
         return assumed(config, context, length), None
+    if folder is None:
+        raise UserError(
+            "a published shape has no tokenizer to read the data with",
+            hint="--length TOKENS of the longest example, instead of the data",
+        )
     prepared = prepare(
         config.data,
         load_tokenizer(folder),

@@ -64,16 +64,19 @@ def fused_attention(*, cudnn: bool = True, kernel: Kernel | None = None) -> Iter
     kernel  which one; None: what torch would choose
     """
 
+    own = F.scaled_dot_product_attention
+
     def attend(
-        query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *_: Any, **__: Any
-    ) -> Tensor:
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *args: Any, **more: Any
+    ) -> Any:
         chosen = kernel or choose(query, attn_mask, cudnn=cudnn)
+        if kernel is None and chosen is EFFICIENT and more.get("enable_gqa"):
+            return own(query, key, value, attn_mask, *args, **more)  # no fused kernel shares keys in float32
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = torch.where(attn_mask.logical_not(), -math.inf, query.new_zeros(()))
         return _Attention.apply(query, key, value, attn_mask, chosen)
 
     # Not a TorchFunctionMode: that is off while `backward` runs, where layers may be computed again.
-    own = F.scaled_dot_product_attention
     F.scaled_dot_product_attention = attend
     try:
         yield

@@ -25,9 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .quant import Weight4
 
-ROUND = (
-    512  # torch's allocator of GPU memory hands out multiples of this (kMinBlockSize in CUDACachingAllocator)
-)
+ROUND = 512  # what torch's allocator of GPU memory hands out is a multiple of this: its kMinBlockSize
 VALUES = 1 << 21  # elements up to which integers keep their numbers among shapes
 BACKWARD, AFTER = "backward", "after backward"  # a phase that begins so ends with the backward pass
 PARTS = ("base", "adapters", "gradients", "optimizer", "activations", "workspace")

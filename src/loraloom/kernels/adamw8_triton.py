@@ -19,6 +19,7 @@ from .adamw8 import Operands, num_blocks
 from .scales8 import BLOCK8, TINY
 
 WARPS = 2  # four elements a thread
+ZERO = tl.constexpr(127)  # the signed map's entry 0: behind the end, where nothing may reach the maximum
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -83,12 +84,12 @@ def _adamw8(
     inside = i < n
     g = tl.load(grad_ptr + i, mask=inside, other=0.0).to(tl.float32)
 
-    m_code = tl.load(m_ptr + i, mask=inside, other=0).to(tl.int32)
+    m_code = tl.load(m_ptr + i, mask=inside, other=ZERO).to(tl.int32)
     m = tl.load(map_s_ptr + m_code) * tl.load(m_absmax_ptr + block)
-    m = tl.where(inside, m * beta1 + g * new1, 0.0)  # what lies behind the end must not reach the maximum
+    m = m * beta1 + g * new1
     v_code = tl.load(v_ptr + i, mask=inside, other=0).to(tl.int32)
     v = tl.load(map_u_ptr + v_code) * tl.load(v_absmax_ptr + block)
-    v = tl.where(inside, v * beta2 + (g * g) * new2, 0.0)
+    v = v * beta2 + (g * g) * new2
 
     move = tl.div_rn(m, tl.sqrt_rn(v) * correct + eps) * rate
     p = tl.load(p_ptr + i, mask=inside, other=0.0).to(tl.float32)
