@@ -181,7 +181,8 @@ def test_bitsandbytes_optimizer_goes_the_same_way(bitsandbytes: Any) -> None:
         for each in (optimizer, reference, exact):
             each.step()
         if step == 1:
-            torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=2e-6)  # lr^2 wd if decay comes after
+            # lr^2 wd = 5e-6 apart where decay comes after the update, as in its CUDA code
+            torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=6e-6)
             mine, other = optimizer.state[ours[0]], reference.state[theirs[0]]
             assert share(mine["exp_avg_code"], other["state1"]) > 0.99
             assert share(mine["exp_avg_sq_code"], other["state2"]) > 0.95
@@ -428,7 +429,7 @@ def test_the_bytes_of_paged_state_are_those_of_the_tensors(name: str) -> None:
 @pytest.mark.parametrize("order", [*permutations(("in", "main", "out")), *range(12)])
 @pytest.mark.parametrize("bits", [8, 32])
 def test_paging_changes_no_bit_in_whatever_order_the_lanes_run(bits: int, order: Any) -> None:
-    """Two groups, tensors longer than a slot and shorter, one with strides; steps are queued behind each other without a stop.
+    """Two groups, tensors longer than a slot and shorter, one with strides; steps are queued behind each other.
 
     In some steps gradients are missing, so that a part goes through another slot than the step before.
     """

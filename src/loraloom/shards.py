@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -21,6 +24,7 @@ class ShardWriter:
         self.waiting: dict[str, Tensor] = {}
         self.size = 0
         self.total = 0
+        self.trimmed = 0  # `total` when freed memory was last given back
         self.written: list[list[str]] = []  # tensor names of each shard
 
     def add(self, name: str, tensor: Tensor) -> None:
@@ -30,6 +34,9 @@ class ShardWriter:
         self.waiting[name] = tensor.clone() if shares(tensor) else tensor.contiguous()
         self.size += size
         self.total += size
+        if self.total - self.trimmed > self.limit // 8:
+            self.trimmed = self.total
+            give_back_memory()
 
     def flush(self) -> None:
         path = self.path(len(self.written))
@@ -55,6 +62,22 @@ class ShardWriter:
             where.update(dict.fromkeys(names, final))
         index = {"metadata": {"total_size": self.total}, "weight_map": where}
         files.write_json(self.folder / "model.safetensors.index.json", index)
+
+
+def give_back_memory() -> None:
+    """Let the system have what was freed: glibc keeps it, and seldom uses it again for aligned memory of other sizes."""
+    trim = trimmer()
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def trimmer() -> Callable[[int], int] | None:
+    """glibc's malloc_trim; None where there is no glibc."""
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return None
 
 
 def shares(tensor: Tensor) -> bool:
