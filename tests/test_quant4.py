@@ -511,3 +511,23 @@ for name in q.TABLES:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
     assert len(TABLES) == 3
+
+
+@pytest.mark.skipif(
+    not GPU, reason="bitsandbytes' CUDA kernels run on a GPU only; its CPU bits are held above"
+)
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 63, 64, 1000003, 4096 * 4096])
+def test_bits_equal_bitsandbytes_on_the_gpu(bnb, name, dtype, n):
+    """Bytes, scales, scales of scales and the way back: all of them, from the same weights."""
+    w = (torch.randn(n, device="cuda") * 0.02).to(dtype)
+    theirs, state = bnb.quantize_4bit(w, blocksize=64, quant_type=name, compress_statistics=True)
+    packed_H, absmax_G = quantize4(w, table=name)
+    assert torch.equal(packed_H, theirs.view(-1))
+    ours = quantize_scales(absmax_G)
+    assert torch.equal(ours.code_G, state.absmax)
+    assert torch.equal(ours.absmax_S, state.state2.absmax)
+    assert float(ours.offset) == float(state.offset)
+    back = dequantize4(packed_H, ours, table=name, shape=(n,), block=64, dtype=dtype)
+    assert torch.equal(back, bnb.dequantize_4bit(theirs, state).view(-1))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .wording import percent
 
-CHUNK = 1 << 22  # numbers whose differences are in memory in float64 at once
+CHUNK = 1 << 18  # numbers whose differences are in memory in float64 at once
 LARGE = 0.05  # of the update; a rounding above it deserves a finer number format
 
 

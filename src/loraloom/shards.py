@@ -34,7 +34,7 @@ class ShardWriter:
         self.waiting[name] = tensor.clone() if shares(tensor) else tensor.contiguous()
         self.size += size
         self.total += size
-        if self.total - self.trimmed > self.limit // 8:
+        if self.total - self.trimmed > self.limit // 32:
             self.trimmed = self.total
             give_back_memory()
 
