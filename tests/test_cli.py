@@ -417,10 +417,10 @@ def test_merging_keeps_the_number_format_of_the_files(trained: Path, tmp_path: P
 def test_a_merge_that_is_not_the_adapter_fails(
     trained: Path, tmp_path: Path, say: Say, monkeypatch: Any
 ) -> None:
-    tuned = use.Recorded.tuned
-    monkeypatch.setattr(use.Recorded, "tuned", lambda self, ids: -tuned(self, ids))
-    monkeypatch.setattr(use.Run, "add_check", lambda *_: None)
-    monkeypatch.setattr(use, "write_json", lambda *_: None)
+    tuned = merge_check.Recorded.tuned
+    monkeypatch.setattr(merge_check.Recorded, "tuned", lambda self, ids: -tuned(self, ids))
+    monkeypatch.setattr(fold.Run, "add_check", lambda *_: None)
+    monkeypatch.setattr(fold, "write_json", lambda *_: None)
     assert say("merge", trained, tmp_path / "a", "--offline").code == 1
     told = say("merge", trained, tmp_path / "b", "--offline", "--json")
     assert told.code == 1

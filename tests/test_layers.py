@@ -23,13 +23,15 @@ LAYERS = [
     ["methods"],
     ["targets", "flow", "bank", "overlay", "forwards", "merging", "adapter", "adapt"],
     ["peft_config", "peft_format", "adapter_io"],
-    ["model_files", "shards", "gguf_model", "gguf_tokenizer", "pretrained", "convert_sources", "convert"],
+    ["model_files", "shards", "gguf_model", "gguf_tokenizer", "pretrained", "disk_names"],
+    ["convert_sources", "convert"],
     ["small_model", "hub", "on_load", "incoming", "bnb_format", "model", "facts", "doctor"],
     ["generate", "heldout", "rundir", "conversation"],
     ["workshop", "samples", "checkpoint", "train"],
     ["trace", "sdpa", "skeleton", "shapes", "workload", "memory", "oom", "fit", "plan"],
+    ["merge_table", "merge"],
     ["results", "figures", "curves", "verdict", "card", "sections", "report"],
-    ["evaluate", "verify", "chat", "finish", "look", "use", "api"],
+    ["evaluate", "verify", "merge_check", "quantize_files", "chat", "finish", "look", "use", "fold", "api"],
     ["console", "cli", "__main__"],
 ]
 PACKAGES = {

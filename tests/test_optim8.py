@@ -166,10 +166,10 @@ def test_a_hundred_steps_are_those_of_bitsandbytes_definition(numel: int) -> Non
 
 
 def test_bitsandbytes_optimizer_goes_the_same_way(bitsandbytes: Any) -> None:
-    """Its CPU code misses the nearest entry now and then (3 % of second moments), its CUDA code divides roughly.
+    """Its CUDA code finds the codes that ours does; its CPU code misses the nearest second moment in 3 % of cases.
 
-    So the first step, which sees no code, is equal to rounding, and most codes after it; later ours must be the
-    nearer to AdamW with float32 moments, and both near each other by the distance that 8 bits make.
+    The first step sees no code, so the parameters are equal to rounding. In a hundred steps both stay as near to
+    AdamW with float32 moments as 8 bits allow (1 % of the way moved), and to each other: 0.05 % on an H100.
     """
     ours = parameters((64, 256), (20, 30))
     theirs, full, start = copies(ours), copies(ours), copies(ours)
@@ -184,14 +184,14 @@ def test_bitsandbytes_optimizer_goes_the_same_way(bitsandbytes: Any) -> None:
             # lr^2 wd = 5e-6 apart where decay comes after the update, as in its CUDA code
             torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=6e-6)
             mine, other = optimizer.state[ours[0]], reference.state[theirs[0]]
-            assert share(mine["exp_avg_code"], other["state1"]) > 0.99
-            assert share(mine["exp_avg_sq_code"], other["state2"]) > 0.95
+            assert share(mine["exp_avg_code"], other["state1"]) > (0.9999 if CUDA else 0.99)
+            assert share(mine["exp_avg_sq_code"], other["state2"]) > (0.9999 if CUDA else 0.95)
         torch.testing.assert_close(ours[1], theirs[1], rtol=0, atol=1e-3)  # float32 moments: 600 elements
     moved = (full[0] - start[0]).norm()
     error, their_error = (ours[0] - full[0]).norm() / moved, (theirs[0] - full[0]).norm() / moved
     assert error < 0.03
     assert error < 1.2 * their_error
-    assert (ours[0] - theirs[0]).norm() / moved < 0.05
+    assert (ours[0] - theirs[0]).norm() / moved < (0.002 if CUDA else 0.05)
     mine, other = optimizer.state[ours[0]], reference.state[theirs[0]]
     for name, number in (("exp_avg", 1), ("exp_avg_sq", 2)):
         assert mine[f"{name}_code"].numel() == other[f"state{number}"].numel()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from . import bnb_format, hub
 from .adapt import Adapters
-from .errors import DataError, OutOfMemory, UserError
+from .errors import DataError, Failure, OutOfMemory, UserError
 from .files import write_json
 from .merge import DEQUANTIZED, ORIGINAL, Recipe, merge_shards
 from .merge_check import MergeResult, too_large, verify_merge, within
@@ -165,6 +165,10 @@ def verified(
         )
     except OutOfMemory as error:
         return MergeResult(merged, None, None, error.message)
+    except Failure as error:
+        if merged.dtype == "float16":
+            error.hint = "what this model computes may not fit float16: use --dtype bfloat16 or float32"
+        raise
     return MergeResult(merged, *checks, None)
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from . import files
 
 LIMIT = 4 << 30  # bytes per file
+SMALL, LARGE = 1 << 16, 1 << 25  # bytes: too small for pages of its own; above glibc's largest mmap threshold
 
 
 class ShardWriter:
@@ -31,7 +34,7 @@ class ShardWriter:
         size = tensor.numel() * tensor.element_size()
         if self.waiting and self.size + size > self.limit:
             self.flush()
-        self.waiting[name] = tensor.clone() if shares(tensor) else tensor.contiguous()
+        self.waiting[name] = apart(tensor)
         self.size += size
         self.total += size
         if self.total - self.trimmed > self.limit // 32:
@@ -65,7 +68,7 @@ class ShardWriter:
 
 
 def give_back_memory() -> None:
-    """Let the system have what was freed: glibc keeps it, and seldom uses it again for aligned memory of other sizes."""
+    """Let the system have what was freed: glibc keeps it, and seldom uses it for aligned memory of other sizes."""
     trim = trimmer()
     if trim is not None:
         trim(0)
@@ -80,6 +83,17 @@ def trimmer() -> Callable[[int], int] | None:
         return None
 
 
-def shares(tensor: Tensor) -> bool:
-    """Whether the tensor is a part of a larger storage, which may serve another tensor too."""
-    return tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
+def apart(tensor: Tensor) -> Tensor:
+    """The tensor in memory of its own.
+
+    What waits on the heap, among what comes and goes, would keep the heap from shrinking: it gets pages of its own.
+    The system's allocator gives such pages to large tensors by itself.
+    """
+    size = tensor.numel() * tensor.element_size()
+    alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == size
+    if alone and size >= LARGE:
+        return tensor
+    if size < SMALL:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    pages = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+    return pages.view(tensor.dtype).view(tensor.shape).copy_(tensor)
