@@ -18,7 +18,7 @@ import torch
 from tiny_run import make_data, make_model, run_tiny, settings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loraloom import __version__, api, cli, console, use
+from loraloom import __version__, api, cli, console, fold, merge_check, use
 from loraloom.errors import OutOfMemory
 from loraloom.nll import nll_sum
 from loraloom.rundir import Run

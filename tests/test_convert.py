@@ -14,10 +14,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loraloom import convert as convert_module
-from loraloom import gguf_model, shards
+from loraloom import gguf_model, quantize_files, shards
+from loraloom.bnb_format import open_state
+from loraloom.cli import run as cli
 from loraloom.convert import convert
 from loraloom.errors import Failure, UserError
 from loraloom.gguf_tokenizer import LLAMA3, QWEN2, TEKKEN
+from loraloom.model_files import find_weights
+from loraloom.quant import Weight4, dense
+from loraloom.quantize_files import quantize_folder
 
 IDS = torch.tensor([[1, 5, 9, 200, 33, 2, 77, 263]])
 
@@ -356,3 +361,125 @@ def test_sentencepiece_vocabulary_gives_the_ids_of_transformers(tmp_path: Path) 
     for text in ("the lo the", "12 the  lol", "é the"):
         assert built.encode(text).ids == [1, *truth(text, add_special_tokens=False)["input_ids"]], text
         assert built.decode(built.encode(text).ids) == text
+
+
+# ---- into bitsandbytes' 4 bits ------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["llama-tied", "llama", "gpt2", "neox"])
+@pytest.mark.parametrize(("table", "double"), [("nf4", True), ("nf4", False), ("fp4", True)])
+def test_bitsandbytes_reads_what_we_write(tmp_path: Path, kind: str, table: str, double: bool) -> None:
+    """Every number that it dequantises is the one that we quantised while reading, bit for bit."""
+    bnb = pytest.importorskip("bitsandbytes.functional")
+    from test_quant import load, logits, written
+
+    source = written(tmp_path / "m", kind)
+    report = quantize_folder(source, tmp_path / "q", table=table, double=double, progress=False)
+    theirs, found = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "q", output_loading_info=True, device_map="cpu", dtype=torch.float32
+    )
+    assert not any(found.values()), found
+    ours = load(source, quantize=table, double_quant=double).model
+    back = load(tmp_path / "q", quantize="none").model
+    in_memory = dict(ours.named_parameters())
+    coded = 0
+    for name, w in theirs.named_parameters():
+        own = dense(in_memory[name])
+        assert torch.equal(own, dense(back.get_parameter(name))), name
+        if hasattr(w, "quant_state"):
+            coded += 1
+            flat = bnb.dequantize_4bit(w.data, w.quant_state)
+            assert torch.equal(flat, own.T if kind == "gpt2" else own), name
+        else:
+            assert torch.equal(w, own), name
+    assert coded == report.quantised == sum(isinstance(w, Weight4) for w in in_memory.values()) > 0
+    assert torch.equal(logits(back), logits(ours))
+    a, b = logits(back), logits(theirs)
+    assert (a - b).norm() < 0.02 * b.norm()  # its CPU product rounds to bfloat16 on the way
+    # source  QLoRA's double quantisation, and the block-64 errors on N(0, 1) of both tables
+    assert report.bits == pytest.approx(4.127 if double else 4.5, abs=0.03)
+    assert report.error == pytest.approx({"nf4": 0.0920, "fp4": 0.1219}[table], rel=0.02)
+    assert report.mean_kl is not None
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_rest_stays_in_the_format_named(tmp_path: Path) -> None:
+    from test_quant import written
+
+    source = written(tmp_path / "m", "llama", dtype=torch.float16, shard="60KB")
+    report = quantize_folder(source, tmp_path / "q", table="nf4", progress=False)
+    assert report.dtype == "float16"
+    report = quantize_folder(
+        source, tmp_path / "q", table="nf4", dtype="bfloat16", force=True, progress=False
+    )
+    assert report.dtype == "bfloat16"
+    about = json.loads((tmp_path / "q" / "config.json").read_text())
+    assert about["dtype"] == "bfloat16"
+    assert about["quantization_config"]["bnb_4bit_compute_dtype"] == "bfloat16"
+    state = open_state(find_weights(tmp_path / "q").paths)
+    assert state["model.embed_tokens.weight"][:].dtype == torch.bfloat16
+    assert state["model.layers.0.mlp.up_proj.weight"][...].dtype == torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "q", device_map="cpu")
+    with torch.no_grad():
+        assert model(IDS).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "table", "told"),
+    [
+        ("llama", "e2m1", "no place for the table e2m1"),
+        ("mixtral", "nf4", "no place for model.layers.0.mlp.experts"),
+    ],
+)
+def test_what_its_format_has_no_place_for(tmp_path: Path, kind: str, table: str, told: str, capsys) -> None:
+    from test_quant import written
+
+    source = written(tmp_path / "m", kind)
+    assert cli(["convert", str(source), str(tmp_path / "q"), "--quantize", table]) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert "model.quantize" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_quantising_by_command_and_what_it_refuses(tmp_path: Path, capsys) -> None:
+    from test_quant import written
+
+    source, made = written(tmp_path / "m", "llama"), tmp_path / "q"
+    assert cli(["convert", str(source), str(made), "--quantize", "nf4", "--no-double-quant", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["bits"], told["table"], told["dtype"]) == (4.5, "nf4", "float32")
+    assert cli(["convert", str(made), str(tmp_path / "r"), "--quantize", "nf4"]) == 2
+    assert "quantised already" in capsys.readouterr().err
+    assert cli(["convert", str(source), str(made), "--quantize", "nf4"]) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+    assert cli(["convert", str(source / "config.json"), str(tmp_path / "r"), "--quantize", "nf4"]) == 2
+    assert "no model folder" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_disk_that_loses_a_bit_is_noticed(tmp_path: Path, monkeypatch) -> None:
+    from test_quant import written
+
+    source = written(tmp_path / "m", "llama")
+    written_once = shards.save_file
+
+    def broken(tensors, path, **about):
+        name = "model.layers.1.mlp.up_proj.weight"
+        tensors[name] = tensors[name].clone()
+        tensors[name][7] ^= 1
+        written_once(tensors, path, **about)
+
+    monkeypatch.setattr(shards, "save_file", broken)
+    with pytest.raises(Failure, match=r"layers\.1\.mlp\.up_proj\.weight was not written as it was made"):
+        quantize_folder(source, tmp_path / "q", table="nf4", progress=False)
+    assert not (tmp_path / "q").exists()
+
+
+def test_no_comparison_where_the_source_does_not_fit(tmp_path: Path, monkeypatch) -> None:
+    from test_quant import written
+
+    monkeypatch.setattr(quantize_files, "too_large", lambda *_: "no room")
+    report = quantize_folder(written(tmp_path / "m", "llama"), tmp_path / "q", table="nf4", progress=False)
+    assert (report.mean_kl, report.same_top) == (None, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import subprocess
 import sys
 import weakref
@@ -17,9 +18,10 @@ import transformers as tf
 from model_folders import tokenizer
 from safetensors.torch import load_file, save_file
 from test_quant import MODELS, bnb_settings, truth, written
+from tiny_run import settings
 from torch import Tensor
 
-from loraloom import console, fold, merge_check
+from loraloom import api, console, fold, merge_check
 from loraloom.adapt import Adapters, attach
 from loraloom.adapter import AdapterSpec
 from loraloom.adapter_io import save_adapter
@@ -290,6 +292,45 @@ def test_a_dense_base_is_merged_as_it_is(kind: str, bases: Any, tmp_path: Path) 
     same(opened(tmp_path / "out"), with_deltas(plain, tmp_path / "adapter"), torch.bfloat16)
     with pytest.raises(UserError, match="was not in 4 bits"):
         merged(tmp_path / "adapter", tmp_path / "other", base="dequantized")
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_run_in_four_bits_and_its_adapter_alone(
+    model_folder: Path, data_file: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """Codes come from the number format of training: here bfloat16, of files in float32."""
+    four = {
+        "model.quantize": "nf4",
+        "model.double_quant": False,
+        "model.dtype": "bfloat16",
+        "train.max_steps": 4,
+    }
+    run = api.train(settings=settings(model_folder, data_file, tmp_path / "run") | four, offline=True)
+    assert cli(["merge", str(run.path), str(tmp_path / "a"), "--offline", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == json.loads((run.path / "merge.json").read_text())
+    assert (told["base"], told["dtype"], told["verified"], told["prompts"]) == (
+        "dequantized",
+        "float32",
+        True,
+        4,
+    )
+    assert len(told["layers"]) == 14
+    assert {check["name"]: check["ok"] for check in run.checks()}["merge verified"]
+    plain = tf.AutoModelForCausalLM.from_pretrained(model_folder).to(torch.bfloat16)
+    plain.save_pretrained(tmp_path / "as-seen")
+    known = truth(tmp_path / "as-seen").state_dict()
+    found = opened(tmp_path / "a").state_dict()
+    change = deltas(run.adapter_path)
+    assert len(change) == 14
+    for name, tensor in found.items():
+        expected = known[name] + change.get(name.removesuffix(".weight"), 0)
+        torch.testing.assert_close(tensor, expected, rtol=0, atol=1e-7)
+    copied = shutil.copytree(run.adapter_path, tmp_path / "alone")
+    merged(copied, tmp_path / "b")
+    assert all(
+        torch.equal(tensor, found[name]) for name, tensor in opened(tmp_path / "b").state_dict().items()
+    )
 
 
 # ---- what is refused ----------------------------------------------------------------------------------------

@@ -116,6 +116,7 @@ def write_adapter(shop: Workshop, folder: Path) -> None:
     about: dict[str, Any] = {"revision": source.commit} if source.commit else {}
     model = shop.config.model
     kept = model.model_dump(include={"quantize", "double_quant", "quant_block"})
+    kept["dtype"] = str(shop.loaded.dtype).removeprefix("torch.")  # the codes are those of numbers in it
     save_adapter(
         shop.adapters,
         folder,

@@ -7,6 +7,7 @@ Code from a model folder is never run.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -282,6 +283,9 @@ def pick_device(name: str) -> torch.device:
 
     raises  UserError if it does not exist here
     """
+    # Pieces of memory that grow: batches of many shapes leave few gaps. Read at the first allocation on a GPU.
+    if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

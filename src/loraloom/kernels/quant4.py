@@ -12,9 +12,11 @@ units   scales in weight units, float32, or double-quantised (`Scales8`)
 raises  ValueError if buffers and shape do not fit, the table or block is unknown, or weights are not finite
 source  QLoRA, arXiv:2305.14314, section 3; the layout is bitsandbytes'; e2m1 is the OCP MX format's element
 
-Where bitsandbytes' own paths differ, so do ours, device by device: see `CUDA_BOUNDS`. A short last block is divided,
-not multiplied by a reciprocal. A weight that rounds to zero keeps its sign in the fp4 code, as in CUDA; on a CPU
-bitsandbytes gives code 0 to the negative and code 8 to the positive, both of which stand for zero.
+Where bitsandbytes' own paths differ, so do ours, device by device, so that a model quantised on either gets the same
+bits from both: on a CPU thresholds are the float32 midpoints of the table and a short last block is divided; on a GPU
+the thresholds are `CUDA_BOUNDS` and every block is multiplied by the GPU's own reciprocal, which the definition cannot
+take: a weight that stands on a threshold to the last bit may get the neighbouring code. A weight that rounds to zero
+keeps its sign in the fp4 code, as in CUDA; on a CPU bitsandbytes gives code 0 to the negative, 8 to the positive.
 """
 
 from __future__ import annotations
@@ -47,8 +49,7 @@ NF4 = (
 )
 FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)  # of 12; the code's fourth bit is the sign
 BELOW_ZERO = -torch.finfo(torch.float32).tiny  # what rounds to zero keeps its sign
-# Digits of bitsandbytes' CUDA kernels, which lie up to 1e-6 beside the midpoints: a model quantised on a GPU gets
-# the same bits from both. Its CPU path takes the midpoints, and so does ours.
+# Digits of bitsandbytes' CUDA kernels, which lie up to 1e-6 beside the midpoints.
 CUDA_BOUNDS = {
     "nf4": (
         *(-0.8480964004993439, -0.6106329262256622, -0.4599952697753906, -0.33967943489551544),

@@ -35,8 +35,9 @@ def quantize4(
 ) -> None:
     groups = max(2, FLAT // block)
     args = (w_N.contiguous(), packed_H, absmax_G, bounds, order, len(w_N), len(packed_H), len(absmax_G), TINY)
+    grid, fast = (triton.cdiv(len(absmax_G), groups),), w_N.is_cuda
     with torch.cuda.device_of(w_N):
-        _quantize4[(triton.cdiv(len(absmax_G), groups),)](*args, BLOCK=block, GROUPS=groups, **EXACT)
+        _quantize4[grid](*args, BLOCK=block, GROUPS=groups, FAST=fast, **EXACT)
 
 
 def dequantize4(packed_H: Tensor, scales: Tensor | Scales8, w_N: Tensor, values: Tensor, block: int) -> None:
@@ -100,6 +101,7 @@ def _quantize4(
     tiny,
     BLOCK: tl.constexpr,
     GROUPS: tl.constexpr,
+    FAST: tl.constexpr,  # the GPU's own reciprocal, as in bitsandbytes' CUDA kernels: their bits, in 16-bit fp4 too
 ):
     first = tl.program_id(0).to(tl.int64) * GROUPS
     group = first + tl.arange(0, GROUPS)
@@ -107,13 +109,19 @@ def _quantize4(
     w = tl.load(w_ptr + n, mask=n < num_weights, other=0.0).to(tl.float32)
     absmax = tl.max(tl.abs(w), 1)
     divisor = tl.maximum(absmax, tl.full((GROUPS,), tiny, tl.float32))
-    short = (group + 1) * BLOCK > num_weights
-    tl.store(absmax_ptr + group, tl.where(short, divisor, absmax), mask=group < num_groups)
-
-    # div_rn: a plain quotient of float32 is not the nearest on a GPU
-    quotient = tl.div_rn(w, tl.broadcast_to(divisor[:, None], (GROUPS, BLOCK)))
-    unit = tl.where(short[:, None], quotient, w * tl.div_rn(1.0, divisor)[:, None])
-    unit = tl.minimum(tl.maximum(unit, -1.0), 1.0)
+    if FAST:
+        tl.store(absmax_ptr + group, absmax, mask=group < num_groups)
+        inverse = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [absmax], dtype=tl.float32, is_pure=True, pack=1
+        )
+        unit = tl.where((absmax == 0.0)[:, None], 0.0, w * inverse[:, None])
+    else:
+        short = (group + 1) * BLOCK > num_weights
+        tl.store(absmax_ptr + group, tl.where(short, divisor, absmax), mask=group < num_groups)
+        # div_rn: a plain quotient of float32 is not the nearest on a GPU
+        quotient = tl.div_rn(w, tl.broadcast_to(divisor[:, None], (GROUPS, BLOCK)))
+        unit = tl.where(short[:, None], quotient, w * tl.div_rn(1.0, divisor)[:, None])
+        unit = tl.minimum(tl.maximum(unit, -1.0), 1.0)
     rank = tl.zeros((GROUPS, BLOCK), tl.int32)
     for i in tl.static_range(15):
         rank += (unit > tl.load(bounds_ptr + i)).to(tl.int32)
