@@ -16,7 +16,9 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU then; read when triton is imported
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # kernels run on the CPU then; read when triton is imported
 
 from tiny_run import make_data, make_model
 

@@ -40,6 +40,14 @@ def quantize4(
         _quantize4[grid](*args, BLOCK=block, GROUPS=groups, FAST=fast, **EXACT)
 
 
+def reciprocal(x_N: Tensor) -> Tensor:
+    """1 / x as the GPU's own instruction gives it, a last bit beside the nearest now and then; 0 gives infinity."""
+    y_N = torch.empty_like(x_N)
+    with torch.cuda.device_of(x_N):
+        _reciprocal[(triton.cdiv(x_N.numel(), 1024),)](x_N, y_N, x_N.numel(), TILE=1024)
+    return y_N
+
+
 def dequantize4(packed_H: Tensor, scales: Tensor | Scales8, w_N: Tensor, values: Tensor, block: int) -> None:
     source, form = _source(packed_H, scales, values, len(w_N), block)
     with torch.cuda.device_of(w_N):
@@ -111,10 +119,7 @@ def _quantize4(
     divisor = tl.maximum(absmax, tl.full((GROUPS,), tiny, tl.float32))
     if FAST:
         tl.store(absmax_ptr + group, absmax, mask=group < num_groups)
-        inverse = tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [absmax], dtype=tl.float32, is_pure=True, pack=1
-        )
-        unit = tl.where((absmax == 0.0)[:, None], 0.0, w * inverse[:, None])
+        unit = tl.where((absmax == 0.0)[:, None], 0.0, w * _inverse(absmax)[:, None])
     else:
         short = (group + 1) * BLOCK > num_weights
         tl.store(absmax_ptr + group, tl.where(short, divisor, absmax), mask=group < num_groups)
@@ -129,6 +134,19 @@ def _quantize4(
     high, low = tl.split(code)
     at = first * (BLOCK // 2) + tl.arange(0, GROUPS * BLOCK // 2)
     tl.store(packed_ptr + at, (high << 4) | low, mask=at < num_bytes)
+
+
+@triton.jit
+def _inverse(x):
+    return tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _reciprocal(x_ptr, y_ptr, n, TILE: tl.constexpr):
+    i = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    tl.store(y_ptr + i, _inverse(tl.load(x_ptr + i, mask=i < n, other=1.0)), mask=i < n)
 
 
 @triton.jit

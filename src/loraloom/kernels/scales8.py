@@ -24,6 +24,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .twin import path_of
+
 BLOCK8 = 256  # scales that share an absmax2
 TINY = 1e-38  # the least divisor, so that a block of zeros has a reciprocal
 
@@ -70,6 +72,8 @@ def unit_blocks(x_N: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
     Full blocks are multiplied by the reciprocal; a short last one is divided, as bitsandbytes does on a CPU.
     """
+    if x_N.is_cuda and path_of(x_N.device)[0] == "triton":
+        return _unit_blocks_on_gpu(x_N, block)
     whole = x_N.numel() // block * block
     x_GB = x_N[:whole].view(-1, block)
     absmax_G = x_GB.abs().amax(1)
@@ -79,6 +83,19 @@ def unit_blocks(x_N: Tensor, block: int) -> tuple[Tensor, Tensor]:
     last = x_N[whole:].abs().amax().clamp(min=TINY)
     short = (x_N[whole:] / last).clamp_(-1, 1)
     return torch.cat([unit_N, short]), torch.cat([absmax_G, last[None]])
+
+
+def _unit_blocks_on_gpu(x_N: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """The same with the GPU's own reciprocal, for the short block too: what bitsandbytes' CUDA kernels compute."""
+    from .quant4_triton import reciprocal
+
+    groups = -(-x_N.numel() // block)
+    x_GB = torch.zeros(groups * block, device=x_N.device)
+    x_GB[: x_N.numel()] = x_N
+    x_GB = x_GB.view(groups, block)
+    absmax_G = x_GB.abs().amax(1)
+    unit_GB = torch.where(absmax_G[:, None] == 0, 0.0, x_GB * reciprocal(absmax_G)[:, None])
+    return unit_GB.view(-1)[: x_N.numel()], absmax_G
 
 
 def quantize8(x_N: Tensor, map_256: Tensor, block: int = BLOCK8) -> tuple[Tensor, Tensor]:
