@@ -172,7 +172,11 @@ def test_double_quantisation_equals_bitsandbytes(bnb, n, seed, kind, dtype):
         state2=state,
     )
     back = dequantize4(packed_H, ours, table="nf4", shape=(n, 64), block=64, dtype=dtype)
-    assert torch.equal(back, bnb.dequantize_4bit(packed_H.view(-1, 1), nested).view(n, 64))
+    numbers = bnb.dequantize_4bit(packed_H.view(-1, 1), nested).view(n, 64)
+    if dtype == torch.float32:
+        assert torch.equal(back, numbers)
+    else:  # on some processors its library rounds to 16 bits on the way
+        assert (bits(back).int() - bits(numbers).int()).abs().max() <= 1
 
 
 def nearest_of_bitsandbytes(bnb: ModuleType, x: Tensor, signed: bool = True) -> tuple[Tensor, Tensor]:
@@ -226,7 +230,7 @@ def test_error_on_a_normal_weight(name, rmse):
 
 
 def test_bits_a_weight():
-    w_OI = torch.randn(4096, 4096, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(2))
+    w_OI = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(2)).bfloat16()
     packed_H, absmax_G = quantize4(w_OI, table="nf4")
     double = quantize_scales(absmax_G)
 
@@ -516,24 +520,38 @@ for name in q.TABLES:
     assert len(TABLES) == 3
 
 
-@pytest.mark.skipif(
-    not GPU, reason="bitsandbytes' CUDA kernels run on a GPU only; its CPU bits are held above"
-)
+@pytest.mark.skipif(not GPU, reason="bitsandbytes' CUDA kernels need a GPU; its CPU bits are held above")
 @pytest.mark.parametrize("name", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [1, 63, 64, 1000003, 4096 * 4096])
 def test_bits_equal_bitsandbytes_on_the_gpu(bnb, name, dtype, n):
-    """Bytes, scales, scales of scales and the way back: all of them, from the same weights."""
+    """Bytes, scales, scales of scales and the way back: all of them, from the same weights.
+
+    Of float32 weights one in ten million may stand on a threshold to the last bit.
+    """
     w = (torch.randn(n, device="cuda") * 0.02).to(dtype)
-    w[4096:4224] = 0  # two blocks of zeros, in the longer ones
     theirs, state = bnb.quantize_4bit(w, blocksize=64, quant_type=name, compress_statistics=True)
     packed_H, absmax_G = quantize4(w, table=name)
-    apart = (packed_H != theirs.view(-1)).nonzero().view(-1)
-    assert set(apart.tolist()) <= set(range(2048, 2112)), apart[:20]  # zeros, which have several codes
+    most = 1e-7 if dtype == torch.float32 else 0.0
+    assert (packed_H != theirs.view(-1)).sum() <= math.ceil(most * n)
     ours = quantize_scales(absmax_G)
-    if n > 64:  # a single scale lies at its offset: zero, which has several codes too
+    if n > 64:  # a single scale lies at its offset: zero, which has several codes
         assert torch.equal(ours.code_G, state.absmax)
-    torch.testing.assert_close(ours.absmax_S, state.state2.absmax, rtol=0, atol=1e-37)  # 1e-38 stands for 0
+        assert torch.equal(ours.absmax_S, state.state2.absmax)
     assert float(ours.offset) == float(state.offset)
-    back = dequantize4(packed_H, ours, table=name, shape=(n,), block=64, dtype=dtype)
+    back = dequantize4(theirs.view(-1), ours, table=name, shape=(n,), block=64, dtype=dtype)
     assert torch.equal(back, bnb.dequantize_4bit(theirs, state).view(-1))
+
+
+@pytest.mark.skipif(not GPU, reason="bitsandbytes' CUDA kernels need a GPU")
+def test_zeros_stay_zeros_where_bitsandbytes_divides_them_by_zero(bnb):
+    """Its CUDA kernel gives a block of zeros nf4's code 0, -1, times a scale that double quantisation makes small but
+    not zero; ours is the code of zero."""
+    w = torch.randn(64 * 512, device="cuda")
+    w[640:704] = 0
+    packed_H, absmax_G = quantize4(w, table="nf4")
+    form = {"table": "nf4", "shape": (len(w),), "block": 64, "dtype": torch.float32}
+    assert not dequantize4(packed_H, quantize_scales(absmax_G), **form)[640:704].any()
+    theirs, state = bnb.quantize_4bit(w, quant_type="nf4", compress_statistics=True)
+    assert torch.equal(packed_H[:320], theirs.view(-1)[:320])
+    assert bnb.dequantize_4bit(theirs, state)[640:704].any()
