@@ -11,6 +11,7 @@ to benchmarks/results/plan_peak.json after each setting. Nothing is downloaded.
 import argparse
 import gc
 import json
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ import transformers
 
 from loraloom.adapt import Adapters
 from loraloom.config import RunConfig, resolve
+from loraloom.environment import commit
 from loraloom.incoming import quantize_model
 from loraloom.kernels.matmul_frozen import release_buffers
 from loraloom.memory import CUBLAS, Predictor
@@ -221,6 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", default=[], help="parts of names of settings to run")
     parser.add_argument("--skip", nargs="*", default=[], help="parts of names of settings to leave out")
+    parser.add_argument("--commit", default="", help="where there is no repository to ask")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     chosen = [
@@ -229,7 +232,9 @@ def main() -> None:
         if (not options.only or any(part in setting.name for part in options.only))
         and not any(part in setting.name for part in options.skip)
     ]
-    results: dict[str, Any] = {"machine": about_machine(), "settings": []}
+    command = "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    results: dict[str, Any] = {"command": command, "commit": options.commit or commit() or ""}
+    results |= {"machine": about_machine(), "settings": []}
     for setting in chosen:
         gc.collect()
         torch.cuda.empty_cache()

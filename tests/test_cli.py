@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +28,7 @@ VERBS = [
     "download",
     "convert",
     "data",
+    "plan",
     "train",
     "resume",
     "merge",

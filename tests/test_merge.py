@@ -446,6 +446,7 @@ def test_it_is_skipped_with_the_reason(bases: Any, tmp_path: Path, monkeypatch: 
     told = merged(tmp_path / "adapter", tmp_path / "out", no_verify=True)
     assert (told.ok, told.verification, told.skipped) == (True, None, "--no-verify")
     monkeypatch.setattr(merge_check, "main_memory", lambda: (10**9, 1000))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1000, 10**9))
     told = merged(tmp_path / "adapter", tmp_path / "out", force=True)
     assert "0.0 GB are free" in str(told.skipped)
     assert told.to_dict()["verified"] is False

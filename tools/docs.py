@@ -4,6 +4,7 @@ docs/reference/settings.md   every setting, from the schema
 docs/reference/commands.md   every command's --help
 docs/reference/methods.md    every method and its own settings, from the files in methods/
 README.md                    the table of one training step, between its two marks
+docs/qlora.md                tables of what was measured, between their marks (tables.py)
 """
 
 import re
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 
 import click
+from tables import filled
 
 from loraloom import methods
 from loraloom.cli import cli
@@ -79,6 +81,7 @@ def main() -> int:
         REFERENCE / "commands.md": commands_page(),
         REFERENCE / "methods.md": methods_page(),
         ROOT / "README.md": readme(),
+        ROOT / "docs" / "qlora.md": filled((ROOT / "docs" / "qlora.md").read_text(encoding="utf-8")),
     }
     stale = [
         path for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text

@@ -13,7 +13,7 @@ from .files import write_json
 from .merge import DEQUANTIZED, ORIGINAL, Recipe, merge_shards
 from .merge_check import MergeResult, too_large, verify_merge, within
 from .merge_table import Merged
-from .model import DTYPES, Loaded, load_tokenizer, name_of, pick_device, pick_dtype, quantisation
+from .model import DTYPES, Loaded, load_tokenizer, name_of, pick_device, quantisation
 from .model_files import read_config, stored_format
 from .rundir import Run
 from .skeleton import read_shape, text_config
@@ -118,9 +118,8 @@ def recipe_of(found: Found, dtype: str | None, base: str | None, *, offline: boo
             f"{source.path} holds only 4-bit weights, no original ones",
             hint="name the model that they were made from: --model ID_OR_FOLDER",
         )
-    device = pick_device(given.device)
     stored = DTYPES[stored_format(source.path) or "float32"]
-    seen = DTYPES[found.dtype] if found.dtype else pick_dtype(given.dtype, device)[0] if coded else stored
+    seen = DTYPES[found.dtype] if found.dtype else stored
     return Recipe(
         folder=source.path,
         adapter=found.adapter,
@@ -129,7 +128,7 @@ def recipe_of(found: Found, dtype: str | None, base: str | None, *, offline: boo
         seen=seen,
         read=seen if base == DEQUANTIZED else stored,
         dtype=DTYPES[dtype] if dtype else stored,
-        device=device,
+        device=pick_device(given.device),
         keep=found.keep,
         allow_pickle=given.allow_pickle,
     )
