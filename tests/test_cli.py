@@ -196,8 +196,9 @@ def test_out_of_memory_in_training_names_what_helps(
 # ---- a whole job ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
 def test_train_eval_merge_chat_report_runs(
-    model_folder: Path, data_file: Path, tmp_path: Path, say: Say, monkeypatch: Any
+    quantize: str, model_folder: Path, data_file: Path, tmp_path: Path, say: Say, monkeypatch: Any
 ) -> None:
     """Every verb with --json prints one JSON value on stdout, and nothing else there."""
     monkeypatch.chdir(tmp_path)
@@ -205,7 +206,14 @@ def test_train_eval_merge_chat_report_runs(
     done = {}
     for name, arguments in {
         "data": ["data", data_file, "-m", model_folder, "--offline"],
-        "train": ["train", *flags, "--set=train.max_steps=3", "--offline"],
+        "plan": ["plan", *flags, "--gpu", "1GB", "--offline", f"--set=model.quantize={quantize}"],
+        "train": [
+            "train",
+            *flags,
+            "--set=train.max_steps=3",
+            "--offline",
+            f"--set=model.quantize={quantize}",
+        ],
         "eval": ["eval", "runs/first", "--answers", "3", "--max-new-tokens", "3", "--offline"],
         "eval of a file": ["eval", "runs/first", "--data", data_file, "--answers", "0", "--offline"],
         "merge": ["merge", "runs/first", "merged", "--offline"],

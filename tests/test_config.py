@@ -25,6 +25,7 @@ from loraloom.config import (
     with_values,
 )
 from loraloom.errors import UserError
+from loraloom.quant import Scales8, Weight4
 from loraloom.rundir import Run
 from loraloom.workshop import Workshop
 
@@ -33,11 +34,12 @@ pytestmark = pytest.mark.usefixtures("quick")
 THREE: dict[str, Any] = {"model": "m", "data": "d.jsonl", "output": "out"}
 GOLDEN = """
 model.id model.revision model.dtype model.device model.attention model.allow_pickle
+model.quantize model.double_quant model.quant_block
 data.train data.eval data.format data.map data.prompt data.system data.loss_on data.max_length data.too_long
 data.max_lost data.packing data.encoding data.limit data.duplicates
 output method r alpha dropout target_modules layers rank_pattern alpha_pattern bias modules_to_save
 train.epochs train.max_steps train.learning_rate train.schedule train.warmup train.batch_size train.batch_tokens
-train.micro_tokens train.optimizer train.weight_decay train.betas train.momentum train.max_grad_norm
+train.micro_tokens train.optimizer train.paged train.weight_decay train.betas train.momentum train.max_grad_norm
 train.gradient_checkpointing train.seed train.save_every train.save_minutes train.keep train.early_stop
 eval.every eval.prompts eval.max_new_tokens
 """
@@ -351,6 +353,14 @@ def trained(shop: Workshop) -> list[str]:
     return [name for name, _ in shop.adapters.named_parameters()]
 
 
+def codes(shop: Workshop) -> tuple[Any, ...]:
+    """Table, whether scales are quantised, and block of a base in 4 bits; nothing of a dense one."""
+    w = next(iter(sites(shop).values())).layer.module.weight
+    return (
+        (w.codes.table, isinstance(w.codes.scales, Scales8), w.codes.block) if isinstance(w, Weight4) else ()
+    )
+
+
 def rates_of(shop: Workshop) -> set[float]:
     return {one["lr"] for one in shop.optimizer.param_groups}
 
@@ -359,6 +369,9 @@ BUILT: dict[str, tuple[Any, Seen]] = {
     "model.dtype": ("bfloat16", lambda shop, _: next(shop.model.parameters()).dtype == torch.bfloat16),
     "model.device": ("cpu", lambda shop, _: shop.loaded.device == torch.device("cpu")),
     "model.attention": ("eager", lambda shop, _: shop.model.config._attn_implementation == "eager"),
+    "model.quantize": ("fp4", lambda shop, _: codes(shop)[:1] == ("fp4",)),
+    "model.double_quant": (False, lambda shop, _: codes(shop)[1:2] == (False,)),
+    "model.quant_block": (128, lambda shop, _: codes(shop)[2:] == (128,)),
     "data.eval": (7, lambda shop, _: len(shop.eval) == 7),
     "data.prompt": ("plain", lambda shop, _: "<|im_start|>" not in text_of(shop)),
     "data.system": ("Be brief.", lambda shop, _: "Be brief." in text_of(shop)),
@@ -391,6 +404,8 @@ BUILT: dict[str, tuple[Any, Seen]] = {
 BESIDES: dict[str, dict[str, Any]] = {
     "train.epochs": {"train.max_steps": None},
     "bias": {"model.id": "with biases"},
+    "model.double_quant": {"model.quantize": "nf4"},
+    "model.quant_block": {"model.quantize": "nf4"},
 }
 
 
@@ -448,6 +463,13 @@ def test_settings_of_the_data(model_folder: Path, tmp_path: Path) -> None:
     assert caught.value.exit_code == 3
     two = [{"path": str(data), "repeat": 2}]
     assert len(make_shop(model_folder, data, data__eval=0, **{"data.train": two}).train) == 48
+
+
+def test_what_only_a_gpu_can_do_is_refused_on_a_cpu(model_folder: Path, data_file: Path) -> None:
+    with pytest.raises(UserError, match=r"train\.paged"):
+        make_shop(model_folder, data_file, train__paged=True)
+    with pytest.raises(UserError, match=r"train\.micro_tokens=fit needs a GPU"):
+        make_shop(model_folder, data_file, train__micro_tokens="fit")
 
 
 def test_map_format_and_encoding(model_folder: Path, tmp_path: Path) -> None:
@@ -509,6 +531,7 @@ def test_settings_of_the_loop(model_folder: Path, data_file: Path, tmp_path: Pat
 
 SEEN_ELSEWHERE = {
     "test_model_id_revision_and_pickle": {"model.id", "model.revision", "model.allow_pickle"},
+    "test_what_only_a_gpu_can_do_is_refused_on_a_cpu": {"train.paged"},
     "test_settings_of_the_data": {
         "data.duplicates",
         "data.max_length",

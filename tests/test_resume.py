@@ -73,6 +73,8 @@ CASES: dict[str, dict[str, Any]] = {
     "dropout": {"dropout": 0.3},
     "epochs, unpacked": {"train__max_steps": None, "train__epochs": 2, "data__packing": False},
     "tokens a step": {"train__batch_size": None, "train__batch_tokens": 90},
+    "a base in 4 bits": {"model__quantize": "nf4", "dropout": 0.1},
+    "8-bit moments": {"train__optimizer": "adamw8bit", "r": 64},
     "no held-out set": {"data__eval": 0},
     "prompts and no held-out set": {"data__eval": 0, "eval__prompts": ["what is 2 and 2"]},
     "loraplus, biases, a module trained whole": {

@@ -29,6 +29,7 @@ from loraloom.checkpoint import Progress
 from loraloom.config import TrainConfig
 from loraloom.data import Example, Examples
 from loraloom.errors import DataError, Failure, NonFinite, UserError
+from loraloom.incoming import quantize_model
 from loraloom.methods.lora import LoRA
 from loraloom.model import load_model
 from loraloom.optim import make_optimizer, rate_factor, set_rates, warmup_steps
@@ -55,10 +56,17 @@ def examples(count: int = 8, *, seed: int = 3) -> list[Example]:
 
 
 def double(
-    kind: str = "gpt2", *, method: str = "lora", dropout: float = 0.0, **more: Any
+    kind: str = "gpt2",
+    *,
+    method: str = "lora",
+    dropout: float = 0.0,
+    quantize: str | None = None,
+    **more: Any,
 ) -> tuple[Any, Adapters]:
     """A model and an adapter that has left its start, both in float64."""
     model = causal(kind, scale=2.0).double()
+    if quantize is not None:
+        quantize_model(model, quantize)
     adapters = Adapters(model)
     adapters.add("a", AdapterSpec(method=method, r=3, dropout=dropout, **more))
     for parameter in adapters.parameters():
@@ -90,10 +98,11 @@ SPLITS = {
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("method", ["lora", "rslora"])
-def test_a_step_does_not_depend_on_how_it_is_split(method: str, dropout: float) -> None:
+@pytest.mark.parametrize("quantize", [None, "nf4", "fp4"])
+def test_a_step_does_not_depend_on_how_it_is_split(method: str, dropout: float, quantize: str | None) -> None:
     results = {}
     for name, split in SPLITS.items():
-        model, adapters = double(method=method, dropout=dropout)
+        model, adapters = double(method=method, dropout=dropout, quantize=quantize)
         batches = pack(examples(), pad_id=256, **split)
         stats = take(model, adapters, batches)
         results[name] = (len(batches), stats, moved(adapters))
@@ -122,10 +131,11 @@ def test_dropout_is_there_and_changes_from_step_to_step() -> None:
 
 
 @pytest.mark.parametrize(("kind", "rel"), [("gpt2", 1e-10), ("llama", 2e-5)])  # Llama's norms are float32
-def test_gradient_checkpointing_computes_the_same(kind: str, rel: float) -> None:
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_gradient_checkpointing_computes_the_same(kind: str, rel: float, quantize: str | None) -> None:
     runs = []
     for checkpointed in (False, True):
-        model, adapters = double(kind, dropout=0.2)
+        model, adapters = double(kind, dropout=0.2, quantize=quantize)
         calls: list[Any] = []
         layer = model.get_submodule("transformer.h.0.mlp" if kind == "gpt2" else "model.layers.0.mlp")
         layer.register_forward_pre_hook(lambda *inputs, calls=calls: calls.append(inputs))
