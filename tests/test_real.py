@@ -98,8 +98,9 @@ def test_packing_keeps_its_documents_apart(real_model: Path) -> None:
         assert honours_boundaries(loaded.model, 49152) is None
 
 
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
 def test_a_few_steps_on_real_instructions_lower_the_held_out_loss(
-    real_model: Path, real_instructions: Path, tmp_path: Path
+    real_model: Path, real_instructions: Path, tmp_path: Path, quantize: str
 ) -> None:
     settings = {"data.limit": 200, "data.eval": 24, "data.max_length": 256, "data.max_lost": 0.5}
     settings |= {"train.max_steps": 6, "train.batch_size": 8, "train.learning_rate": 1e-3, "eval.every": 6}
@@ -107,7 +108,7 @@ def test_a_few_steps_on_real_instructions_lower_the_held_out_loss(
         model=str(real_model),
         data=str(real_instructions),
         output=str(tmp_path / "run"),
-        settings=settings | {"eval.max_new_tokens": 8},
+        settings=settings | {"eval.max_new_tokens": 8, "model.quantize": quantize},
     )
     assert run.state["status"] == "done"
     assert run.state["best"]["loss"] < run.state["base_loss"] - 0.05

@@ -1,4 +1,4 @@
-"""Run every command of the README, in order, as a reader would type it.
+"""Run every command of the README and of docs/qlora.md, in order, as a reader would type it.
 
 Blocks marked ```console hold lines that begin with `$ `; lines that a backslash continues belong together. Those
 that make environments (make demo, make test) are run by CI before; every other one is run here.
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/qlora.md")
 BEFORE = ("make demo", "make test")  # run by .ci/run itself
 
 
@@ -25,14 +26,15 @@ def commands(text: str) -> list[str]:
 def main() -> int:
     todo = [
         command
-        for command in commands((ROOT / "README.md").read_text(encoding="utf-8"))
+        for page in PAGES
+        for command in commands((ROOT / page).read_text(encoding="utf-8"))
         if command not in BEFORE
     ]
     if not todo:
         print("the README has no commands")
         return 1
     env = os.environ | {"PATH": f"{ROOT / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"}
-    subprocess.run(["rm", "-rf", "runs/first", "out/first"], cwd=ROOT, check=True)
+    subprocess.run(["rm", "-rf", *(f"{top}/{run}" for top in ("runs", "out") for run in ("first", "nf4"))], cwd=ROOT, check=True)
     for command in todo:
         print(f"$ {command}", flush=True)
         done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=env, stdin=subprocess.DEVNULL)
