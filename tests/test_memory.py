@@ -91,6 +91,7 @@ def live_curve(trace: Any) -> list[int]:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("changes", [{}, FULL], ids=["kept", "recomputed"])
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")  # torch 2.11 says so each time
 def test_the_tape_sees_what_torchs_profiler_sees(attention, changes):
     model, adapters, optimizer = loaded(SHAPES["llama"](3), settings(r=4, **changes), "cpu", attention)
     made = batches(4, 128)

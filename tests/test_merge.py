@@ -534,4 +534,4 @@ def test_the_peak_is_a_shard_and_not_the_model(tmp_path: Path) -> None:
     command = [sys.executable, "-c", MEASURE, small, large, str(SHARD)]
     grown = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert len(find_weights(Path(f"{large}-out")).paths) >= 8
-    assert SHARD < grown < 3 * SHARD
+    assert SHARD / 2 < grown < 3 * SHARD  # half a shard at least: else nothing was measured

@@ -18,6 +18,7 @@ import transformers as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_folders import tokenizer
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from loraloom.adapt import attach
@@ -26,7 +27,7 @@ from loraloom.errors import UserError
 from loraloom.incoming import quantize_model
 from loraloom.kernels.matmul_frozen import _buffers, release_buffers
 from loraloom.layers import is_linear
-from loraloom.model import Loaded, load_model
+from loraloom.model import Loaded, load_model, write_model
 from loraloom.quant import Weight4, bits_per_parameter, dense, encode, quantized, stored_bytes
 
 bnb = pytest.importorskip("bitsandbytes.functional")
@@ -235,6 +236,102 @@ def test_a_checkpoint_of_bitsandbytes_is_read(tmp_path: Path, kind: str, table: 
         load(tmp_path / "bnb", quantize=other)
 
 
+def quantised_by_bnb(folder: Path) -> Path:
+    """A folder as transformers and bitsandbytes write it."""
+    theirs: Any = tf.AutoModelForCausalLM.from_pretrained(
+        written(folder / "m", "llama"),
+        quantization_config=bnb_settings(),
+        dtype=torch.float32,
+        device_map="cpu",
+    )
+    theirs.save_pretrained(folder / "bnb")
+    tokenizer().save_pretrained(folder / "bnb")
+    return folder / "bnb"
+
+
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_damaged_checkpoint_of_bitsandbytes_is_refused_by_name(tmp_path: Path) -> None:
+    path = quantised_by_bnb(tmp_path) / "model.safetensors"
+    whole = load_file(path)
+    damages: dict[str, Any] = {
+        f"{UP}.nested_absmax": None,
+        f"{UP}.absmax": None,
+        f"{UP}.quant_map": torch.arange(16.0),
+        UP: whole[UP][:-1].clone(),
+        f"{UP}.quant_state.bitsandbytes__nf4": torch.zeros(3, dtype=torch.uint8),
+    }
+    for name, value in damages.items():
+        broken = {key: tensor for key, tensor in whole.items() if key != name}
+        save_file(broken | ({} if value is None else {name: value}), path, {"format": "pt"})
+        with pytest.raises(UserError) as caught:
+            load(path.parent, quantize="none")
+        assert UP in caught.value.message, name
+        assert "fetch it again" in (caught.value.hint or "")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        load(path.parent, quantize="none")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_modules_to_keep_come_out_of_a_checkpoint_of_bitsandbytes_dense(tmp_path: Path) -> None:
+    config = ModelConfig(id=str(quantised_by_bnb(tmp_path)), dtype="float32", device="cpu")
+    model = load_model(config, offline=True, keep=["o_proj"], progress=False).model
+    assert not isinstance(model.model.layers[0].self_attn.o_proj.weight, Weight4)
+    assert isinstance(model.model.layers[0].self_attn.q_proj.weight, Weight4)
+
+
+# ---- what models do beside ----------------------------------------------------------------------------------
+
+
+def test_a_device_by_its_number_keeps_tied_weights_tied(tmp_path: Path) -> None:
+    model = load(written(tmp_path / "m", "llama-tied"), device="cpu:0").model
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_what_a_model_keeps_in_float32_stays_so(tmp_path: Path) -> None:
+    """Hunyuan's router is float32 in every model."""
+    config = tf.HunYuanMoEV1Config(
+        **SHAPE, **MLP, num_experts=4, moe_topk=2, moe_intermediate_size=64, num_shared_expert=1, head_dim=16
+    )
+    torch.manual_seed(0)
+    tf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "m")
+    tokenizer().save_pretrained(tmp_path / "m")
+    theirs = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.bfloat16)
+    ours = load(tmp_path / "m", dtype="bfloat16", quantize="none").model
+    kinds = {name: parameter.dtype for name, parameter in theirs.named_parameters()}
+    assert len(set(kinds.values())) == 2
+    assert {name: parameter.dtype for name, parameter in ours.named_parameters()} == kinds
+    for (name, a), (_, b) in zip(ours.state_dict().items(), theirs.state_dict().items()):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_a_trained_classifier_stays_dense(tmp_path: Path, kind: str) -> None:
+    shape = SHAPE | {"intermediate_size": 128, "num_labels": 3}
+    config = tf.LlamaConfig(**shape) if kind == "llama" else tf.BertConfig(**shape)
+    torch.manual_seed(0)
+    model: Any = tf.AutoModelForSequenceClassification.from_config(config)
+    model.save_pretrained(tmp_path / "m")
+    tokenizer().save_pretrained(tmp_path / "m")
+    chosen = ModelConfig(id=str(tmp_path / "m"), dtype="float32", device="cpu", quantize="nf4")
+    loaded = load_model(chosen, task="classify", num_labels=3, offline=True, progress=False).model
+    inside = quantize_model(model)
+    for found in (loaded, inside):
+        held = {name for name, parameter in found.named_parameters() if isinstance(parameter, Weight4)}
+        assert held
+        assert not any(name.startswith(("score", "classifier")) for name in held)
+
+
+def test_a_model_in_four_bits_is_not_written_as_a_dense_one(tmp_path: Path) -> None:
+    loaded = load(written(tmp_path / "m", "llama"))
+    with pytest.raises(UserError, match="not written as a dense one"):
+        write_model(loaded.model, loaded.tokenizer, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 # ---- the weight itself --------------------------------------------------------------------------------------
 
 
@@ -256,6 +353,7 @@ def test_products_and_their_gradients_are_those_of_the_dense_matrix(flipped: boo
         lambda m, x, b: torch.addmm(b, x.flatten(0, 1), m if flipped else m.T),
         lambda m, x, b: x @ (m if flipped else m.T) + b,
         lambda m, x, b: torch.matmul(x, m if flipped else m.T),
+        lambda m, x, b: ((m.T if flipped else m) @ x.mT).mT,
     ):
         x = torch.randn(2, 3, 33, dtype=torch.float64, requires_grad=True)
         b = torch.randn(7, dtype=torch.float64, requires_grad=True)
@@ -310,6 +408,18 @@ def test_whatever_wants_the_numbers_unseen_is_refused() -> None:
         nn.functional.linear(w, torch.randn(3, 33, dtype=torch.float64))
     with pytest.raises(RuntimeError, match="stands for"):
         nn.functional.linear(torch.randn(2, 33), w)
+
+
+def test_autocast_is_that_of_a_dense_weight() -> None:
+    layer = nn.Linear(33, 7)
+    layer.weight = quantized(layer.weight)  # type: ignore[assignment]
+    plain = copy.deepcopy(layer)
+    plain.weight = nn.Parameter(dense(layer.weight))
+    x = torch.randn(2, 33)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer(x), plain(x))
+    with pytest.raises(RuntimeError, match="cannot be shared between processes"):
+        layer.share_memory()
 
 
 def test_modules_move_copy_and_keep_their_bits() -> None:

@@ -34,7 +34,8 @@ def main() -> int:
         print("the README has no commands")
         return 1
     env = os.environ | {"PATH": f"{ROOT / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"}
-    subprocess.run(["rm", "-rf", *(f"{top}/{run}" for top in ("runs", "out") for run in ("first", "nf4"))], cwd=ROOT, check=True)
+    made = [f"{top}/{run}" for top in ("runs", "out") for run in ("first", "nf4")]
+    subprocess.run(["rm", "-rf", *made], cwd=ROOT, check=True)
     for command in todo:
         print(f"$ {command}", flush=True)
         done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=env, stdin=subprocess.DEVNULL)

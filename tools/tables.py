@@ -151,11 +151,28 @@ def optimizers() -> str:
     return table(head, rows)
 
 
+def kernels() -> str:
+    record = read("quant4_kernels")
+    speeds = [[name, f"{row['ms']:.3f}", f"{row['tb_per_s']:.2f}"] for name, row in record["speeds"].items()]
+    return table(["28672 x 8192 weights", "ms", "TB/s"], speeds, record)
+
+
+def bits() -> str:
+    record = read("quant4_kernels")
+    rows = [
+        [name, f"{row['weights']:,}", *(str(row[key]) for key in ("bytes", "scales", "numbers"))]
+        for name, row in record["differ"].items()
+    ]
+    return table(["", "weights", "bytes that differ", "8-bit scales", "dequantised numbers"], rows, record)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "article2": article2,
     "large": large,
     "plan_peak": plan_peak,
     "quality": quality,
+    "kernels": kernels,
+    "bits": bits,
     "optimizers": optimizers,
 }
 

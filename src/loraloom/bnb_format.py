@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import UserError
-from .kernels.quant4 import Scales8, table
+from .kernels.quant4 import Scales8, check4, table
 from .kernels.scales8 import dynamic_map
 from .quant import Codes, Weight4
 
@@ -56,27 +56,48 @@ class Stored:
         return self.parts[suffix].get_tensor(self.name + suffix)
 
     def __getitem__(self, everything: Any) -> Weight4:
+        """
+        raises  UserError that names the weight if its state is missing, broken or another library's
+        """
+        try:
+            return self.whole()
+        except (KeyError, ValueError, TypeError, AttributeError, SafetensorError) as error:
+            what = (
+                f"{error.args[0]!r} is missing"
+                if isinstance(error, KeyError)
+                else str(error).split("; got")[0]
+            )
+            raise UserError(
+                f"{self.name} cannot be read as bitsandbytes' 4 bits",
+                details=[what],
+                hint="the checkpoint is broken: fetch it again, or convert the original model anew",
+            ) from error
+
+    def whole(self) -> Weight4:
         state = json.loads(bytes(self.read(STATE + self.kind).tolist()))
-        codes = Codes(
-            self.read("").flatten().view(torch.uint8),
-            self.scales(state),
-            state["quant_type"],
-            state["blocksize"],
-            tuple(state["shape"]),
-        )
-        if not torch.equal(self.read(".quant_map"), table(state["quant_type"], torch.device("cpu"))):
-            raise UserError(f"{self.name}: its table of 16 values is not {state['quant_type']}'s")
-        return Weight4(codes, getattr(torch, state["dtype"]))
+        kind, block, shape = state["quant_type"], state["blocksize"], tuple(state["shape"])
+        packed, scales = self.read("").flatten().view(torch.uint8), self.scales(state)
+        check4(packed, scales, table=kind, shape=shape, block=block)
+        if not torch.equal(self.read(".quant_map"), table(kind, torch.device("cpu"))):
+            raise ValueError(f"its table of 16 values is not {kind}'s")
+        numbers = scales if isinstance(scales, Tensor) else scales.absmax_S
+        if not numbers.isfinite().all():
+            raise ValueError("its scales are not finite")
+        return Weight4(Codes(packed, scales, kind, block, shape), getattr(torch, state["dtype"]))
 
     def scales(self, state: Mapping[str, Any]) -> Tensor | Scales8:
         absmax = self.read(".absmax")
-        if ".nested_absmax" not in self.parts:
-            return absmax.float()
+        if "nested_offset" not in state:
+            if absmax.dtype != torch.float32:
+                raise ValueError(
+                    f"its scales are {absmax.dtype}, and its state says that they are not quantised"
+                )
+            return absmax
         own = torch.equal(
             self.read(".nested_quant_map"), dynamic_map(signed=True, device=torch.device("cpu"))
         )
         if not own or state["nested_blocksize"] != NESTED_BLOCK:
-            raise UserError(f"{self.name}: its scales are quantised otherwise than bitsandbytes does")
+            raise ValueError("its scales are quantised otherwise than bitsandbytes does")
         offset = torch.tensor(state["nested_offset"], dtype=torch.float32)
         return Scales8(absmax, self.read(".nested_absmax"), offset)
 
@@ -88,7 +109,13 @@ def open_state(paths: Sequence[Path]) -> dict[str, Any]:
     """
     where: dict[str, Any] = {}
     for path in paths:
-        file = safe_open(path, framework="pt")
+        try:
+            file = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise UserError(
+                f"{path} is not a whole safetensors file: {error}",
+                hint="bitsandbytes' checkpoints are read from safetensors only; fetch the model again",
+            ) from None
         where |= dict.fromkeys(file.keys(), file)
     parts: dict[str, dict[str, Any]] = {}  # by weight: what follows its name, to the file that holds it
     for name, file in where.items():

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from .errors import NonFinite, UserError
 from .layers import Conv1DLayer, is_linear, kind_of
-from .on_load import Arrival
-from .quant import Weight4, quantized
+from .on_load import Arrival, kept_modules
+from .quant import Weight4, dense, quantized
 from .targets import output_head
 
 EXPERTS = "experts"  # the name of a module that holds the fused weights (E, O, I) of all experts
@@ -23,6 +23,7 @@ class Incoming:
 
     table  nf4, fp4 or e2m1 for the linear layers; None leaves them as they come
     keep   ends of module names that stay in 16 bits, such as a head to be trained whole
+    plain  only layers of torch's and transformers' own classes, which are those that bitsandbytes replaces
     """
 
     device: torch.device
@@ -30,6 +31,7 @@ class Incoming:
     block: int = 64
     double: bool = True
     keep: Sequence[str] = ()
+    plain: bool = False
     experts: list[str] = field(default_factory=list)  # fused experts that stayed in 16 bits
     misfits: list[str] = field(default_factory=list)  # weights of another shape than the model's
 
@@ -38,6 +40,8 @@ class Incoming:
         turned = kind_of(arrival.module) is Conv1DLayer
         if isinstance(value, Weight4) and turned:
             value = value.T  # checkpoints in 4 bits hold every matrix as (O, I)
+        if isinstance(value, Weight4) and self.keeps(arrival):
+            value = dense(value)
         if value.shape != getattr(arrival.module, arrival.name.rpartition(".")[2]).shape:
             self.misfits.append(arrival.name)
             return None
@@ -60,7 +64,23 @@ class Incoming:
                 return True
             self.experts.append(arrival.name)
             return False
-        return leaf == "weight" and is_linear(arrival.module)
+        if leaf != "weight" or not is_linear(arrival.module):
+            return False
+        if self.plain:
+            return type(arrival.module) is nn.Linear or kind_of(arrival.module) is Conv1DLayer
+        return multiplies(arrival.module)
+
+    def keeps(self, arrival: Arrival) -> bool:
+        """Whether a weight stands in a module that the caller wants in 16 bits."""
+        path = f".{arrival.name.rpartition('.')[0]}."
+        return any(path.endswith(f".{name}.") or f".{name}." in path for name in self.keep)
+
+
+def multiplies(module: nn.Module) -> bool:
+    """Whether a linear layer does with its weight what nn.Linear does; a router or a grouped product does not."""
+    if kind_of(module) is Conv1DLayer:
+        return True
+    return type(module).forward is nn.Linear.forward or type(module).__name__ == "FalconLinear"
 
 
 def runs_one_by_one(model: nn.Module) -> bool:
@@ -72,21 +92,24 @@ def runs_one_by_one(model: nn.Module) -> bool:
 def broken(name: str, value: Tensor) -> UserError:
     """The error for a weight that cannot be quantised."""
     bad = int((~value.isfinite()).sum())
-    return NonFinite(
-        f"{name} holds {bad:,} values that are not finite, which 4 bits cannot keep",
-        hint="the checkpoint is broken; fetch it again, or convert it anew",
-    )
+    hint = "the checkpoint is broken; fetch it again, or convert it anew"
+    if value.dtype == torch.float16:
+        hint = "they may be too large for float16: set model.dtype=bfloat16; or " + hint
+    return NonFinite(f"{name} holds {bad:,} values that are not finite, which 4 bits cannot keep", hint=hint)
 
 
 def settle(model: nn.Module, device: torch.device) -> None:
     """Bring what no checkpoint brought to the device too: buffers, and a new head."""
+    moved: dict[int, nn.Parameter] = {}  # by the id of what stood there: a tied weight stays one
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
         for name, own in module._parameters.items():
             if own is not None and own.device != device and own.device.type != "meta":
-                module._parameters[name] = nn.Parameter(own.detach().to(device), requires_grad=False)
+                if id(own) not in moved:
+                    moved[id(own)] = nn.Parameter(own.detach().to(device), requires_grad=False)
+                module._parameters[name] = moved[id(own)]
 
 
 @torch.no_grad()
@@ -97,7 +120,10 @@ def quantize_model(
 
     The head, and what is tied to it, stays as it is, as when a checkpoint is read.
     """
-    head = output_head(model)
+    head, named = (
+        output_head(model),
+        kept_modules(model) if hasattr(model, "_keep_in_fp32_modules") else set(),
+    )
     take = Incoming(torch.device("cpu"), table=table, block=block, double=double, keep=keep)
     for path, module in model.named_modules():
         for leaf, own in list(module._parameters.items()):
@@ -106,7 +132,8 @@ def quantize_model(
             name = f"{path}.{leaf}" if path else leaf
             take.device = own.device
             tied = head is not None and own is getattr(head, "weight", None)
-            value = take(Arrival(model, name, module, own.detach(), module is head or tied))
+            kept = module is head or tied or path in named
+            value = take(Arrival(model, name, module, own.detach(), kept))
             if isinstance(value, Weight4):
                 module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
     if any(isinstance(p, Weight4) and p.codes.experts for p in model.parameters()):

@@ -209,6 +209,11 @@ class Merger:
         report["missing_keys"] = set(report["missing_keys"]) - set(self.misfits)
         report["mismatched_keys"] = [(name,) for name in self.misfits]
         notes = check_report(self.recipe.folder, report, ())
+        for name, own in model.named_parameters():
+            if not own.is_meta:  # what transformers kept in a format of its own, and read itself
+                path, _, leaf = name.rpartition(".")
+                module = model.get_submodule(path)
+                module._parameters[leaf] = self(Arrival(model, name, module, own.detach(), True))
         for group in dict.fromkeys(self.tied.values()):
             self.write_tied(group)
         for name, buffer in model.state_dict().items():

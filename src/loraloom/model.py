@@ -287,7 +287,7 @@ def pick_device(name: str) -> torch.device:
     if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -301,6 +301,7 @@ def pick_device(name: str) -> torch.device:
                 f"model.device={name}: this machine has {count} GPUs that torch can use",
                 hint="loraloom doctor says why; model.device=cpu works everywhere",
             )
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     elif device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"model.device={name}: torch has no such device here", hint="use model.device=cpu")
     return device
@@ -341,6 +342,11 @@ def write_model(model: Any, tokenizer: Any, folder: Path | str) -> Path:
 
     raises  Failure if the disk is full; what stood in `folder` is then unharmed
     """
+    if any(isinstance(parameter, Weight4) for parameter in model.parameters()):
+        raise UserError(
+            "a model in 4 bits is not written as a dense one",
+            hint="loraloom merge writes it in 16 bits; loraloom convert SRC DST --quantize nf4 in 4 bits",
+        )
     kept = getattr(model, "generation_config", None)
     try:
         if kept is not None:

@@ -94,6 +94,12 @@ class HandOver(ConversionOps):
         return taken
 
 
+def kept_modules(model: Any) -> set[str]:
+    """The modules that transformers' rule leaves in 16 bits: the head, what is tied to it, what is last."""
+    names = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    return {name.removesuffix(".weight").removesuffix(".bias") for name in names}
+
+
 def frozen(value: Tensor) -> Tensor:
     return value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
 
@@ -105,13 +111,22 @@ class OnLoadQuantizer(HfQuantizer):
     def __init__(self, quantization_config: OnLoad, **about: Any) -> None:
         super().__init__(quantization_config, **about)
         self.kept: set[str] = set()
+        self.dtype: torch.dtype | None = None
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Told the model's number format before anything is made."""
+        self.dtype = dtype
+        return dtype
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
-        self.kept = set(self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules))
+        self.kept = kept_modules(model)
 
     def param_needs_quantization(self, model: Any, param_name: str, **about: Any) -> bool:
         path, _, leaf = param_name.rpartition(".")
-        return leaf in model.get_submodule(path)._parameters
+        own = model.get_submodule(path)._parameters.get(leaf)
+        # What the model keeps in a format of its own, such as a router in float32, transformers must read itself:
+        # it would cast it to the model's before we see it.
+        return own is not None and (self.dtype is None or own.dtype == self.dtype)
 
     def get_quantize_ops(self) -> HandOver:
         return HandOver(self.kept)

@@ -45,7 +45,7 @@ def from_folder(factory: Any, folder: Path, *, state: dict[str, Any] | None = No
         if state is None:
             return factory.from_pretrained(folder, **local, **options)
         return from_state(factory, folder, state, local, options)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, UserError):
         raise
     except MemoryError as error:
         raise OutOfMemory(

@@ -180,7 +180,11 @@ def product(x: Tensor, w: Weight4, bias: Tensor | None, *, transposed: bool) -> 
         raise RuntimeError(
             "fused experts in 4 bits are multiplied one by one: set experts_implementation=eager"
         )
-    if x.dtype != w.dtype:
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # as for a dense weight
+        fast = torch.get_autocast_dtype(device)
+        x, bias = x.to(fast), None if bias is None else bias.to(fast)
+    elif x.dtype != w.dtype:
         raise RuntimeError(f"the input is {x.dtype}, the weight in 4 bits stands for {w.dtype}")
     return matmul_frozen(x, w.codes.decode, w.codes.numel, w.flipped == transposed, bias)
 
@@ -189,8 +193,10 @@ def linear(input: Tensor, weight: Weight4, bias: Tensor | None = None) -> Tensor
     return product(input, weight, bias, transposed=True)
 
 
-def matmul(input: Tensor, other: Weight4) -> Tensor:
-    return product(input, other, None, transposed=False)
+def matmul(input: Tensor, other: Tensor) -> Tensor:
+    if isinstance(input, Weight4) and not isinstance(other, Weight4):  # w x, as Mamba multiplies
+        return product(other.mT, input, None, transposed=True).mT
+    return product(input, other, None, transposed=False)  # type: ignore[arg-type]
 
 
 def addmm(input: Tensor, mat1: Tensor, mat2: Weight4) -> Tensor:
@@ -236,6 +242,13 @@ FUNCTIONS: dict[Any, Any] = {
     Tensor.T.__get__: transpose,  # type: ignore[attr-defined]
     Tensor.contiguous: contiguous,
 }
+
+
+def not_shared(*_: Any) -> None:
+    raise RuntimeError("a weight in 4 bits cannot be shared between processes: load it in each of them")
+
+
+FUNCTIONS[Tensor.share_memory_] = not_shared
 aten = torch.ops.aten
 OPERATIONS: dict[Any, Any] = {
     aten.detach.default: Weight4.again,

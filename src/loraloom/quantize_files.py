@@ -95,7 +95,9 @@ def quantize_folder(
         raise bnb_format.no_place(f"the table {table}")
     settings = bnb_format.settings(table, double, target, kept=())  # transformers keeps the head by itself
     with files.whole_folder(dst) as folder:
-        packer = Packer(Incoming(pick_device("auto"), table=table, double=double), ShardWriter(folder))
+        packer = Packer(
+            Incoming(pick_device("auto"), table=table, double=double, plain=True), ShardWriter(folder)
+        )
         model, report = read_weights(src, CLASSES["causal"], packer, {"dtype": target}, progress=progress)
         packer.finish(src, model, report)
         write_settings(model, folder, target, untied=False)
