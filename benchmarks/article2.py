@@ -17,7 +17,6 @@ import math
 import os
 import statistics
 import subprocess
-import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as in `loraloom train`
 
 import torch
+from command_line import command_line
 from random_weights import random_model
 
 from loraloom.adapt import Adapters
@@ -195,7 +195,7 @@ def about(a: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return {
         "what": f"LoRA r = {a.r} on {a.targets} of {a.shape} shapes with random weights, {a.batch} examples a step",
-        "command": "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line(),
         "commit": a.commit or commit.stdout.strip(),
         "machine": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "kernels": path_of(device)[0],

@@ -11,7 +11,6 @@ to benchmarks/results/plan_peak.json after each setting. Nothing is downloaded.
 import argparse
 import gc
 import json
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 import transformers
+from command_line import command_line
 
 from loraloom.adapt import Adapters
 from loraloom.config import RunConfig, resolve
@@ -232,7 +232,7 @@ def main() -> None:
         if (not options.only or any(part in setting.name for part in options.only))
         and not any(part in setting.name for part in options.skip)
     ]
-    command = "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = command_line()
     results: dict[str, Any] = {"command": command, "commit": options.commit or commit() or ""}
     results |= {"machine": about_machine(), "settings": []}
     for setting in chosen:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command_line import command_line
 
 ROOT = Path(__file__).parents[1]
 BASES = {
@@ -90,7 +91,7 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     record = {
         "what": "two-digit subtraction, SmolLM2-135M-Instruct, examples/subtraction.yaml",
-        "command": "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line(),
         "commit": a.commit or commit.stdout.strip(),
         "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "runs_at_once": a.jobs,

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 import triton
+from command_line import command_line
 
 from loraloom.kernels.quant4 import channel_scale, dequantize4, dequantize4_fp8, quantize4, quantize_scales
 
@@ -90,7 +90,7 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     torch.manual_seed(0)
     record = {
-        "command": "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line(),
         "commit": a.commit or commit.stdout.strip(),
         "machine": torch.cuda.get_device_name(),
         "versions": {name: version(name) for name in ("torch", "triton", "loraloom")},

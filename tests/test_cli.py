@@ -405,6 +405,14 @@ def test_merging_is_refused_where_something_is(
         told = say("merge", trained, out, "--offline", "--force")
         assert told.code == 2
         assert "would remove" in told.err
+    for part in ("adapter", "checkpoints", "eval"):
+        if (trained / part).is_dir():
+            told = say("merge", trained, trained / part, "--offline", "--force")
+            assert told.code == 2
+            assert "which is to be merged" in told.err or "would remove" in told.err
+    told = say("merge", trained, taken / "thesis.txt" / "deep", "--offline")
+    assert told.code == 1
+    assert "a part of this path is a file" in told.err
     monkeypatch.chdir(taken)
     assert say("merge", trained, taken, "--offline", "--force").code == 2
     assert before == sorted(path.name for path in trained.iterdir())

@@ -20,7 +20,7 @@ from loraloom.memory import Predictor
 from loraloom.oom import candidates, explain_oom, savings
 from loraloom.plan import plan, settings_of
 from loraloom.shapes import SHAPES, published
-from loraloom.workload import assumed
+from loraloom.workload import Assumed, assumed
 
 PUBLISHED = {  # billions of weights as their authors and model cards give them
     "gpt3-175b": 175.0,
@@ -34,7 +34,7 @@ PUBLISHED = {  # billions of weights as their authors and model cards give them
     "llama3.2-3b": 3.21,
     "mistral-7b": 7.24,
 }
-GPU80 = 80 * 2**30
+GPU80 = int(0.98 * 80 * 2**30)
 
 
 def config(**changes: Any) -> RunConfig:
@@ -87,7 +87,7 @@ def test_what_fits_fits_and_the_next_size_does_not(changes):
 
 
 def test_nothing_fits():
-    with pytest.raises(UserError, match=r"the smallest pass needs 1\d\.\d GB, a GPU of 8 GB has 8\.6"):
+    with pytest.raises(UserError, match=r"the smallest pass needs 1\d\.\d GB, a GPU of 8 GB has 8\.4"):
         api.plan(shape="llama3-8b", model="llama3-8b", gpu="8GB", fit=True)
 
 
@@ -100,6 +100,32 @@ def test_fit_needs_a_gpu(monkeypatch):
 @pytest.mark.parametrize("text", ["80GB", "80", "80 GiB", "80g"])
 def test_a_gpu_by_its_size(text):
     assert find_gpu(text).bytes == GPU80
+
+
+@given(
+    st.integers(1, 20000), st.integers(1, 9000), st.one_of(st.none(), st.integers(1, 30000)), st.booleans()
+)
+def test_made_up_rows_use_all_the_tokens_of_a_pass(micro, longest, step, packing):
+    """Else leftover tokens would cost nothing, and a pass of shorter rows would not fit where it was said to."""
+    rows, length = Assumed(longest, 8192, packing, step).rows(micro)
+    assert rows * length <= max(micro, min(longest, 8192))
+    if step is None:
+        assert rows * length > micro - rows
+    else:  # a row is filled up to a multiple of 64, at least 256
+        assert rows * length <= max(step, longest + 63, 256)
+
+
+def test_what_was_set_is_not_advised():
+    shape, work = published("llama3-70b"), assumed(config(), 8192, 1024)
+    least = config(**{"model.quantize": "nf4", "train.gradient_checkpointing": True})
+    with pytest.raises(UserError, match="the smallest pass") as caught:
+        fit_pass(least, shape, work, find_gpu("24GB"))
+    assert "--set" not in caught.value.hint
+
+
+def test_paged_moments_of_sgd_are_refused_as_in_training():
+    with pytest.raises(UserError, match=r"train\.paged"):
+        Predictor(config(**{"train.paged": True, "train.optimizer": "sgd"}), published("llama3.2-1b"))
 
 
 @pytest.mark.parametrize("text", ["big", "0GB", "80TB"])
@@ -162,7 +188,7 @@ def test_a_plan_on_the_screen(capsys):
     assert cli.run(["plan", *arguments]) == 0
     text = capsys.readouterr().out
     for words in ("6,738,415,616 weights", "39,976,960 weights train", "4 rows of 2,048 tokens", "activations",
-                  "yes, into 85.9 GB", "1.2 TB in the LoRA paper", "unknown without data"):  # fmt: skip
+                  "yes, into 84.2 GB", "1.2 TB in the LoRA paper", "unknown without data"):  # fmt: skip
         assert words in text
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from model_folders import tokenizer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from loraloom import api
 from loraloom.adapt import attach
 from loraloom.config import ModelConfig
 from loraloom.errors import UserError
@@ -273,6 +275,20 @@ def test_a_damaged_checkpoint_of_bitsandbytes_is_refused_by_name(tmp_path: Path)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match="not a whole safetensors file"):
         load(path.parent, quantize="none")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_plan_knows_that_the_files_are_in_four_bits(tmp_path: Path) -> None:
+    folder = quantised_by_bnb(tmp_path)
+    planned = api.plan(model=str(folder), settings={"model.dtype": "float32"}, offline=True)
+    assert planned["quantize"] == "nf4"
+    assert planned["base_bytes"] == pytest.approx(load(folder, quantize="none").bytes, abs=64)  # and buffers
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "gptq"}})
+    )
+    with pytest.raises(UserError, match="gptq"):
+        api.plan(model=str(folder), offline=True)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -23,7 +23,7 @@ import torch
 from . import card, finish
 from . import plan as plans
 from .checkpoint import Progress, clear, discard_diverged, restore, save_best, save_checkpoint
-from .config import RunConfig, flatten, resolve
+from .config import RunConfig, flatten, resolve, with_values
 from .data import Examples
 from .data import cache as store
 from .errors import Failure, NonFinite, OutOfMemory, UserError
@@ -33,6 +33,7 @@ from .fold import merge
 from .model import Loaded
 from .oom import explain_oom
 from .packing import StepPlan
+from .quant import Weight4
 from .report import build_report
 from .rundir import Run, refuse_taken
 from .small_model import cache_folder
@@ -254,8 +255,18 @@ def fit_beside_the_model(config: RunConfig, loaded: Loaded, examples: Examples, 
     gpu = find_gpu(None)
     assert gpu is not None
     held = torch.cuda.memory_reserved(loaded.device)
-    work = Measured(examples, steps, packing=config.data.packing)
+    work, config = Measured(examples, steps, packing=config.data.packing), as_kept(config, loaded.model)
     return fit_pass(config, loaded.model.config, work, replace(gpu, bytes=gpu.bytes + held))
+
+
+def as_kept(config: RunConfig, model: Any) -> RunConfig:
+    """The settings as the model's weights are kept: its files may have been in 4 bits already."""
+    codes = next((p.codes for p in model.parameters() if isinstance(p, Weight4)), None)
+    if codes is None:
+        return config
+    double = not isinstance(codes.scales, torch.Tensor)
+    kept = {"model.quantize": codes.table, "model.double_quant": double, "model.quant_block": codes.block}
+    return with_values(config, kept)
 
 
 def out_of_memory(shop: Workshop, error: Exception) -> OutOfMemory:
@@ -267,7 +278,13 @@ def out_of_memory(shop: Workshop, error: Exception) -> OutOfMemory:
     cudnn = cuda and torch.cuda.get_device_capability(device)[0] >= 9
     try:
         return explain_oom(
-            shop.config, shop.model.config, work, shop.micro_tokens, cudnn=cudnn, total=total, said=said
+            as_kept(shop.config, shop.model),
+            shop.model.config,
+            work,
+            shop.micro_tokens,
+            cudnn=cudnn,
+            total=total,
+            said=said,
         )
     except UserError:
         half = f"train.micro_tokens={shop.micro_tokens // 2}"

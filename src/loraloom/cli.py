@@ -145,9 +145,7 @@ def download(id: str, revision: str | None, local_dir: str | None, offline: bool
 )
 @click.option("--allow-pickle", is_flag=True, help="Read .bin files, which could run code.")
 @click.option("--tokenizer", help="A folder with the tokenizer, instead of the one in SRC.")
-@click.option(
-    "--quantize", type=click.Choice(["nf4", "fp4", "e2m1"]), help="Linear layers in bitsandbytes' 4 bits."
-)
+@click.option("--quantize", type=click.Choice(["nf4", "fp4"]), help="Linear layers in bitsandbytes' 4 bits.")
 @click.option("--no-double-quant", is_flag=True, help="With --quantize: keep the scales in 32 bits.")
 @click.option("--force", is_flag=True, help="Replace DST.")
 @with_json

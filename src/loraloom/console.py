@@ -242,7 +242,7 @@ def show_plan(plan: dict[str, Any]) -> None:
             (
                 "disk",
                 f"adapter {size(disk['adapter_16'])} in 16 bits, {size(disk['adapter'])} as written; checkpoint "
-                f"{size(disk['checkpoint'])}; a run at most {size(disk['run'])}",
+                f"{size(disk['checkpoint'])}; adapters and checkpoints of a run at most {size(disk['run'])}",
             ),
             ("steps", steps_of(plan["steps"])),
         ]

@@ -174,6 +174,10 @@ def explain(path: Path) -> Iterator[None]:
                 f"the disk is full: {path} was not written",
                 hint="free some space and try again; what had been written before is unharmed",
             ) from error
+        if error.errno in (errno.EEXIST, errno.ENOTDIR):
+            raise Failure(
+                f"{path} cannot be written: a part of this path is a file", hint="choose another place"
+            ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise Failure(
                 f"no permission to write {path}",

@@ -1,6 +1,6 @@
 """The largest pass that fits a GPU: `loraloom plan --fit`, and train.micro_tokens=fit.
 
-units   bytes; a GPU sold as "80 GB" has 80 * 2**30. Tokens of a pass in steps of GRAIN
+units   bytes; a GPU sold as "80 GB" has 0.98 * 80 * 2**30 to give. Tokens of a pass in steps of GRAIN
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from .memory import CONTEXT, Predictor
 from .workload import Workload
 
 GRAIN = 64  # tokens between two sizes of a pass that are told apart
+SOLD = 0.98  # of a GPU's gigabytes, what the driver leaves: an H100 "80GB" has 79.2 * 2**30 bytes
 MOST = 1 << 18  # tokens of a pass beyond which nothing is gained
 
 
@@ -61,11 +62,13 @@ def largest(cost: Callable[[int], int], limit: int, most: int) -> int | None:
 
 
 def nothing_fits(predictor: Predictor, work: Workload, gpu: Gpu) -> UserError:
-    least = predictor.predict(work.batches(GRAIN))
+    least, config = predictor.predict(work.batches(GRAIN)), predictor.config
+    left = [] if config.train.gradient_checkpointing else ["--set train.gradient_checkpointing=true"]
+    left += ["--set model.quantize=nf4"] if config.model.quantize == "none" else []
     return UserError(
         f"the smallest pass needs {least.needed / 1e9:.1f} GB, {gpu.name} has {gpu.bytes / 1e9:.1f}",
         details=[f"{part}: {size / 1e9:.2f} GB" for part, size in least.parts.items()],
-        hint="--set train.gradient_checkpointing=true, --set model.quantize=nf4, or a smaller data.max_length",
+        hint=", ".join(left) + ("or " if left else "") + "a smaller data.max_length, or a smaller model",
     )
 
 
@@ -96,4 +99,4 @@ def find_gpu(text: str | None) -> Gpu | None:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:gi?b?)?\s*", text.lower())
     if not match or not float(match[1]):
         raise UserError(f"--gpu {text} is no size", hint="write gigabytes, such as 80GB")
-    return Gpu(f"a GPU of {float(match[1]):g} GB", int(float(match[1]) * 2**30))
+    return Gpu(f"a GPU of {float(match[1]):g} GB", int(SOLD * float(match[1]) * 2**30))

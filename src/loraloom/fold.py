@@ -61,7 +61,8 @@ def merge(
     refuse_taken(out, force=force)
     found = find_target(target, model=model)
     recipe = recipe_of(found, dtype, base, offline=offline)
-    refuse_replacing(out, Path(target), recipe.folder, Path.cwd())
+    refuse_replacing(out, Path(target), recipe.folder, recipe.adapter, Path.cwd())
+    refuse_inside(out, Path(target))
     merged = merge_shards(recipe, out, progress=progress)
     skipped = "--no-verify" if no_verify else too_large(out, recipe.device)
     result = MergeResult(merged, None, None, skipped)
@@ -208,3 +209,13 @@ def refuse_replacing(out: Path, *needed: Path) -> None:
     for folder in needed:
         if out.exists() and folder.resolve().is_relative_to(out.resolve()):
             raise UserError(f"replacing {out} would remove {folder}", hint="choose another folder")
+
+
+def refuse_inside(out: Path, run: Path) -> None:
+    """
+    raises  UserError if `out` is a part of the run: its adapter, its checkpoints
+    """
+    if run.is_dir() and out.resolve().is_relative_to(run.resolve()) and out.exists():
+        raise UserError(
+            f"{out} belongs to {run}, which is to be merged", hint="choose a folder outside of it"
+        )

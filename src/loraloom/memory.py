@@ -30,7 +30,7 @@ from .errors import UserError
 from .incoming import quantize_model
 from .kernels.matmul_frozen import release_buffers
 from .model import DTYPES
-from .optim import split_decay
+from .optim import sgd_has_no_moments, split_decay
 from .optim8 import host_bytes, staging_bytes, state_bytes
 from .packing import Batch
 from .quant import Weight4, stored_bytes
@@ -95,6 +95,8 @@ class StandIn:
     """Holds what an optimizer's state takes on the GPU, and takes what a step of it does."""
 
     def __init__(self, groups: list[dict[str, Any]], config: TrainConfig) -> None:
+        if config.paged and config.optimizer == "sgd":
+            raise sgd_has_no_moments()
         self.param_groups = split_decay(groups, config.weight_decay)
         self.name, self.state = config.optimizer, []
         for group in self.param_groups:

@@ -196,12 +196,7 @@ def notes_of(incoming: Incoming) -> list[str]:
 
 def check_folder(folder: Path, *, allow_pickle: bool) -> None:
     """raises  UserError if the folder is no model that we may load"""
-    about = read_config(folder)
-    if (quantised := about.get("quantization_config")) and not bnb_format.is_bnb4(about):
-        raise UserError(
-            f"{folder} holds quantised weights ({quantised.get('quant_method')}), which are not read",
-            hint="use the model in its original format; bitsandbytes' 4-bit checkpoints are read",
-        )
+    refuse_quantised(folder)
     if (folder / "adapter_config.json").is_file():
         raise UserError(
             f"{folder} holds a model and an adapter, which transformers would apply unseen",
@@ -220,6 +215,16 @@ def check_folder(folder: Path, *, allow_pickle: bool) -> None:
             f"{folder} has a config.json and no weights",
             details=[f"looked for model.safetensors; it holds: {held}"],
             hint="the download or copy was cut short: fetch the model again",
+        )
+
+
+def refuse_quantised(folder: Path) -> None:
+    """raises  UserError if the folder's weights are quantised in a way that we do not read"""
+    about = read_config(folder)
+    if (quantised := about.get("quantization_config")) and not bnb_format.is_bnb4(about):
+        raise UserError(
+            f"{folder} holds quantised weights ({quantised.get('quant_method')}), which are not read",
+            hint="use the model in its original format; bitsandbytes' 4-bit checkpoints are read",
         )
 
 

@@ -43,12 +43,16 @@ def make_optimizer(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer
     return optimizer
 
 
+def sgd_has_no_moments() -> UserError:
+    return UserError(
+        "train.paged keeps AdamW's moments in the host's memory, and train.optimizer is sgd",
+        hint="set train.optimizer to adamw or adamw8bit, or leave train.paged out",
+    )
+
+
 def check_paged(groups: Groups, optimizer: str) -> None:
     if optimizer == "sgd":
-        raise UserError(
-            "train.paged keeps AdamW's moments in the host's memory, and train.optimizer is sgd",
-            hint="set train.optimizer to adamw or adamw8bit, or leave train.paged out",
-        )
+        raise sgd_has_no_moments()
     if any(parameter.device.type != "cuda" for group in groups for parameter in group["params"]):
         raise UserError(
             "train.paged moves the optimizer's state between a GPU and the host, and this run has no GPU",

@@ -16,13 +16,13 @@ import torch
 from huggingface_hub import snapshot_download
 
 from . import hub
-from .config import RunConfig, read_file, resolve
+from .config import RunConfig, read_file, resolve, with_values
 from .data import prepare
 from .errors import UserError
 from .facts import read_header
 from .fit import Gpu, largest_pass, nothing_fits
 from .memory import Predictor, dtype_of, stored, tier
-from .model import load_tokenizer
+from .model import load_tokenizer, quantisation, refuse_quantised
 from .model_files import find_weights, read_config
 from .optim8 import state_bytes
 from .packing import StepPlan
@@ -117,6 +117,7 @@ def plan(
     """
     folder = None if shape else folder_of(config, offline=offline)
     about = published(shape) if shape else read_shape(folder)  # type: ignore[arg-type]
+    config = config if folder is None else as_in_files(config, folder)
     predictor = Predictor(config, about, cudnn=gpu is None or gpu.cudnn)
     context = int(getattr(text_config(about), "max_position_embeddings", None) or UNLIMITED)
     work, steps = workload(config, folder, context, length, progress=progress)
@@ -146,6 +147,23 @@ def plan(
         steps=steps,
         paper=PAPER,
     )
+
+
+def as_in_files(config: RunConfig, folder: Path) -> RunConfig:
+    """The settings with what the model's files say of 4 bits.
+
+    raises  UserError for files that are quantised otherwise, or to another table than the settings ask for
+    """
+    held = read_config(folder).get("quantization_config")
+    if not held:
+        return config
+    refuse_quantised(folder)
+    quantisation(config.model, folder)
+    kept = {
+        "model.quantize": held.get("bnb_4bit_quant_type", "fp4"),
+        "model.double_quant": bool(held.get("bnb_4bit_use_double_quant")),
+    }
+    return with_values(config, kept)
 
 
 def about_model(config: RunConfig, name: str, folder: Path | None, predictor: Predictor) -> dict[str, Any]:

@@ -60,11 +60,13 @@ class Assumed:
     step_tokens: int | None = None
 
     def rows(self, micro_tokens: int) -> tuple[int, int]:
-        """Rows and their length."""
+        """Rows and their length: together all the tokens of a pass, or of a step if that has fewer."""
         longest = min(self.longest or micro_tokens, self.context)
         if self.packing and longest <= micro_tokens:
             longest = min(row_length_for(longest, micro_tokens), self.context)
-        return max(1, micro_tokens // longest), longest
+        most = max(longest, min(micro_tokens, self.step_tokens or micro_tokens))
+        count = -(-most // longest)
+        return count, most // count
 
     def batches(self, micro_tokens: int) -> list[Batch]:
         count, length = self.rows(micro_tokens)
