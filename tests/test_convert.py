@@ -427,7 +427,7 @@ def test_the_rest_stays_in_the_format_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "table", "told"),
     [
-        ("llama", "e2m1", "no place for the table e2m1"),
+        ("llama", "e2m1", "is not one of 'nf4', 'fp4'"),
         ("mixtral", "nf4", "no place for model.layers.0.mlp.experts"),
     ],
 )
