@@ -206,9 +206,7 @@ class Merger:
 
         raises  UserError if the files lack a weight of the model
         """
-        report["missing_keys"] = set(report["missing_keys"]) - set(self.misfits)
-        report["mismatched_keys"] = [(name,) for name in self.misfits]
-        notes = check_report(self.recipe.folder, report, ())
+        notes = check_report(self.recipe.folder, report, (), self.misfits)
         for name, own in model.named_parameters():
             if not own.is_meta:  # what transformers kept in a format of its own, and read itself
                 path, _, leaf = name.rpartition(".")

@@ -131,9 +131,7 @@ def load_model(
             ],
             hint="use a smaller model, model.quantize=nf4, or model.device=cpu",
         ) from error
-    report["missing_keys"] = set(report["missing_keys"]) - set(incoming.misfits)
-    report["mismatched_keys"] = [(name,) for name in incoming.misfits]
-    notes = check_report(source.path, report, new_weights) + notes_of(incoming)
+    notes = check_report(source.path, report, new_weights, incoming.misfits) + notes_of(incoming)
     check_vocabulary(source.path, model, tokenizer)
     if any(isinstance(p, Weight4) and p.codes.experts for p in model.parameters()):
         model.set_experts_implementation("eager")  # one by one: the others want all experts dense at once
@@ -228,14 +226,19 @@ def refuse_quantised(folder: Path) -> None:
         )
 
 
-def check_report(folder: Path, report: dict[str, Any], new_weights: Sequence[str]) -> list[str]:
+def check_report(
+    folder: Path, report: dict[str, Any], new_weights: Sequence[str], misfits: Sequence[str] = ()
+) -> list[str]:
     """Notes on weights that were left out.
+
+    misfits  weights that we left out for their shape, beside those that transformers did
 
     raises  UserError if a weight was missing, of another shape, or broken in the checkpoint
     """
     exempt = tuple(new_weights)
-    missing = sorted(name for name in report["missing_keys"] if not name.startswith(exempt))
-    wrong = sorted(str(item[0]) for item in report["mismatched_keys"] if not item[0].startswith(exempt))
+    shaped = {str(item[0]) for item in report["mismatched_keys"]} | set(misfits)
+    missing = sorted(name for name in set(report["missing_keys"]) - shaped if not name.startswith(exempt))
+    wrong = sorted(name for name in shaped if not name.startswith(exempt))
     errors = report.get("error_msgs") or []
     errors = list(errors.values()) if isinstance(errors, dict) else list(errors)
     unused = sorted(report["unexpected_keys"])

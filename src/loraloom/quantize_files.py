@@ -182,9 +182,7 @@ class Packer:
         """
         raises  UserError if the files lack a weight of the model, or nothing was quantised
         """
-        report["missing_keys"] = set(report["missing_keys"]) - set(self.incoming.misfits)
-        report["mismatched_keys"] = [(name,) for name in self.incoming.misfits]
-        check_report(src, report, ())
+        check_report(src, report, (), self.incoming.misfits)
         self.add({name: buffer for name, buffer in model.state_dict().items() if not buffer.is_meta})
         if not self.count:
             raise UserError(f"{src} has no linear layer to quantise")
