@@ -13,8 +13,9 @@ from .base import Method
 
 
 def names() -> list[str]:
-    """The methods there are: the files of this folder."""
-    return sorted(item.name for item in pkgutil.iter_modules(__path__) if item.name != "base")
+    """The methods there are: the files of this folder, but base and those with an underscore."""
+    files = (item.name for item in pkgutil.iter_modules(__path__))
+    return sorted(name for name in files if name != "base" and not name.startswith("_"))
 
 
 def find(name: str) -> type[Method]:

@@ -78,13 +78,40 @@ class Method:
     alpha: float = option(32.0, "the scale's numerator")
     dropout: float = option(0.0, "on the adapter's input")
 
-    learning_rate: ClassVar[float] = 2e-4  # the default, with its source in the method's file
+    learning_rate: ClassVar[float] = 2e-4  # what train.learning_rate=auto means
+    rate_source: ClassVar[str] = "QLoRA, section B.2, and the LoRA paper's GPT-3 runs"  # of that rate
     per_token: ClassVar[bool] = False  # whether `token_mask` chooses among tokens
+    # what must be seen before the first step (see `observe`): None, inputs, updates, gradients or originals
+    needs: ClassVar[str | None] = None
+    working: ClassVar[frozenset[str]] = frozenset()  # tensors only training needs: not in an adapter's files
+    own_places: ClassVar[bool] = False  # whether it alone decides where it sits
+    mergeable: ClassVar[bool] = True  # whether its effect is a change of W
+
     peft_type: ClassVar[str | None] = None  # how PEFT calls it in adapter_config.json, if it has it
-    peft_keys: ClassVar[Mapping[str, str]] = {}  # our tensors' names to PEFT's
+    peft_keys: ClassVar[Mapping[str, str]] = {}  # our tensors' names to PEFT's, of each layer
+    peft_shared: ClassVar[Mapping[str, str]] = {}  # the same of tensors that all layers share
+
+    # ---- where it sits ----------------------------------------------------------------------------------
+
+    def auto_targets(self) -> tuple[str, ...]:
+        """The entries that target_modules=auto means; none for a method that sits on no layer."""
+        return ("all-linear",)
+
+    def at(self, layer: Layer) -> Method | None:
+        """The method of one layer, self as a rule; None to leave the layer out."""
+        return self
+
+    def trains_whole(self) -> str:
+        """What of the base's own parameters it trains in copies: none, biases or everything."""
+        return "none"
+
+    # ---- what it is -------------------------------------------------------------------------------------
 
     def init(self, layer: Layer, gen: torch.Generator) -> Tensors:
-        """The method's tensors for one layer, float32 on the CPU: a Parameter trains, a tensor is state."""
+        """The method's tensors for one layer, float32: a Parameter trains, a tensor is state.
+
+        The layer's weight may be on the meta device: then only the shapes of what depends on it matter.
+        """
         raise NotImplementedError
 
     def init_all(self, layers: Sequence[Layer], gens: Sequence[torch.Generator]) -> list[Tensors]:
@@ -102,13 +129,63 @@ class Method:
         """
         raise NotImplementedError
 
+    def enter(self, layer: Layer, x: Tensor) -> Tensor:
+        """What the frozen layer is given in place of its input (prefix tokens that its table does not have)."""
+        return x
+
     def token_mask(self, ids_BT: Tensor, position_BT: Tensor | None) -> Tensor:
         """Which tokens the method touches, (B, T) bool; asked only if `per_token`."""
         raise NotImplementedError
 
+    # ---- before the first step --------------------------------------------------------------------------
+
+    def probes(self) -> tuple[int, int]:
+        """(examples that `observe` is shown, optimizer steps to take on them before it looks)."""
+        return 0, 0
+
+    def observe(
+        self, site: Site, store: Tensors, x_TI: Tensor, g_TO: Tensor | None, labelled_T: Tensor
+    ) -> None:
+        """Take in one batch. `store` is this layer's own, empty at first, and lives until `found`.
+
+        needs=inputs     x_TI, one store for all layers that read the same input
+        needs=updates    x_TI, a store for each layer
+        needs=gradients  g_TO too, the loss's gradient at the layer's output: dL/dW = g^T x
+
+        labelled_T  which tokens predict one that carries loss; padding has been left out already
+        """
+        raise NotImplementedError
+
+    def found(self, site: Site, store: Tensors) -> Tensors:
+        """What a layer's observations came to, small enough to keep for every layer at once."""
+        raise NotImplementedError
+
+    def from_original(self, site: Site, w_OI: Tensor) -> Tensors:
+        """needs=originals: the tensors to start from, given the weight as it was before quantisation, float32."""
+        raise NotImplementedError
+
+    def begin(
+        self, sites: Mapping[str, Site], found: Mapping[str, Tensors]
+    ) -> tuple[dict[str, Any], dict[str, Tensors]]:
+        """How training begins, once every layer has been seen.
+
+        Returns changes of the adapter's settings (rank_pattern, alpha_pattern, or options of the method) and,
+        by layer, tensors that replace those of `init` under these settings.
+        """
+        return {}, dict(found)
+
+    # ---- as PEFT has it ---------------------------------------------------------------------------------
+
     def peft_config(self) -> dict[str, Any]:
         """What adapter_config.json must say beyond r, lora_alpha, lora_dropout and the targets."""
         return {}
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any] | None:
+        """This method's own settings in an adapter_config.json of its peft_type; None if it is another's."""
+        return None
+
+    # ---- in the step ------------------------------------------------------------------------------------
 
     def groups(self, sites: Iterable[Site], lr: float) -> list[dict[str, Any]]:
         """Optimizer groups: params, lr and, optionally, weight_decay."""

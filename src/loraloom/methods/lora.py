@@ -15,21 +15,17 @@ source  Hu et al. 2021, arXiv:2106.09685, section 4.1; the draw of A is that of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-from torch import nn
-
-from ..layers import EmbeddingLayer, Layer
-from .base import LowRank, Pair, Site, Tensors, option, unique
+from ..layers import Layer
+from ._ab import AB
+from .base import LowRank, Pair, Tensors
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRA(LowRank):
-    lr_ratio: float = option(1.0, "learning rate of B over that of A; above 1 this is LoRA+")
-
+class LoRA(AB, LowRank):
     peft_type: ClassVar[str | None] = "LORA"
     peft_keys: ClassVar[Mapping[str, str]] = {"A": "lora_A.weight", "B": "lora_B.weight"}
 
@@ -43,32 +39,9 @@ class LoRA(LowRank):
         """s."""
         return self.alpha / self.denominator(self.r)
 
-    def init(self, layer: Layer, gen: torch.Generator) -> Tensors:
-        """A (r, I) and B (O, r)."""
-        a_RI, b_OR = torch.empty(self.r, layer.in_features), torch.empty(layer.out_features, self.r)
-        if isinstance(layer, EmbeddingLayer):
-            a_RI.zero_()
-            b_OR.normal_(generator=gen)
-        else:
-            bound = layer.in_features**-0.5
-            a_RI.uniform_(-bound, bound, generator=gen)
-            b_OR.zero_()
-        return {"A": nn.Parameter(a_RI), "B": nn.Parameter(b_OR)}
-
     def pair(self, layer: Layer, p: Tensors) -> Pair:
         return Pair(p["A"], p["B"], self.scale)
 
-    def groups(self, sites: Iterable[Site], lr: float) -> list[dict[str, Any]]:
-        """A and everything else at `lr`, B at `lr * lr_ratio`: chosen by role, never by a tensor's shape.
-
-        source  LoRA+, Hayou et al. 2024, arXiv:2402.12354
-        """
-        sites = list(sites)
-        b = unique(tensor for site in sites for name, tensor in _trainable(site) if name == "B")
-        rest = unique(tensor for site in sites for name, tensor in _trainable(site) if name != "B")
-        groups = [{"params": rest, "lr": lr}, {"params": b, "lr": lr * self.lr_ratio}]
-        return [group for group in groups if group["params"]]
-
-
-def _trainable(site: Site) -> list[tuple[str, nn.Parameter]]:
-    return [(name, tensor) for name, tensor in site.p.items() if isinstance(tensor, nn.Parameter)]
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any] | None:
+        return {}  # the plainest of its peft_type: asked last

@@ -10,8 +10,9 @@ source  Hayou et al. 2024, arXiv:2402.12354
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from .base import option
 from .lora import LoRA
@@ -22,3 +23,8 @@ class LoRAPlus(LoRA):
     lr_ratio: float = option(16.0, "learning rate of B over that of A")
 
     learning_rate: ClassVar[float] = 1e-4
+    rate_source: ClassVar[str] = "half of LoRA's, as PEFT's guide to LoRA+ advises for a large ratio"
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any] | None:
+        return None  # its files are LoRA's

@@ -11,6 +11,7 @@ source  Kalajdzievski 2023, arXiv:2312.03732
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,3 +26,7 @@ class RsLoRA(LoRA):
 
     def peft_config(self) -> dict[str, Any]:
         return {"use_rslora": True}
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any] | None:
+        return {} if config.get("use_rslora") else None
