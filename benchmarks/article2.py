@@ -37,7 +37,7 @@ from loraloom.optim import make_optimizer, set_rates
 from loraloom.packing import Batch, Example, pack
 from loraloom.quant import bits_per_parameter, stored_bytes
 from loraloom.shapes import published
-from loraloom.train import train_step
+from loraloom.step import train_step
 from loraloom.workload import Made
 from loraloom.workshop import checkpoint_layers, spec_of
 

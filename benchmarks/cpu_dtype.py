@@ -19,7 +19,7 @@ import torch
 
 from loraloom.config import resolve
 from loraloom.packing import pack
-from loraloom.train import train_step
+from loraloom.step import train_step
 from loraloom.workshop import Workshop, build
 
 ROOT = Path(__file__).parents[1]

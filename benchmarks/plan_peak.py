@@ -30,7 +30,7 @@ from loraloom.memory import CUBLAS, Predictor
 from loraloom.optim import make_optimizer
 from loraloom.packing import Batch
 from loraloom.shapes import published
-from loraloom.train import train_step
+from loraloom.step import train_step
 from loraloom.workload import Assumed
 from loraloom.workshop import checkpoint_layers, spec_of
 

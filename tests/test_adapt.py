@@ -230,7 +230,7 @@ def test_a_failed_addition_leaves_everything_as_it_was(wrong):
 def test_an_addition_that_fails_half_way_is_taken_back(monkeypatch):
     model, adapters = stirred("llama")
     truth, banks = logits(model), set(adapters.banks)
-    monkeypatch.setattr("loraloom.adapt.init_sites", lambda *_: 1 / 0)
+    monkeypatch.setattr("loraloom.making.init_sites", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         adapters.add("second", AdapterSpec(target_modules="all-linear", bias="all", modules_to_save=["norm"]))
     assert (adapters.names, set(adapters.banks), adapters.overlays) == (["default"], banks, {})

@@ -182,7 +182,7 @@ def test_out_of_memory_in_training_names_what_helps(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore")
         return nll_sum(model, batch)
 
-    monkeypatch.setattr("loraloom.train.nll_sum", fail)
+    monkeypatch.setattr("loraloom.step.nll_sum", fail)
     flags = [f"--set={k}={v}" for k, v in settings(model_folder, data_file, tmp_path / "run").items()]
     told = say("train", *flags, "--offline")
     assert told.code == 4

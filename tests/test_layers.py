@@ -21,13 +21,13 @@ LAYERS = [
     ["kernels"],
     ["quant", "layers", "fused", "packing", "paging", "optim8", "optim", "nll", "data"],
     ["methods"],
-    ["targets", "flow", "bank", "overlay", "forwards", "merging", "adapter", "adapt"],
-    ["peft_config", "peft_format", "adapter_io"],
+    ["targets", "casts", "flow", "bank", "overlay", "forwards", "merging", "adapter", "refusals", "making", "adapt", "dressing"],
+    ["adapter_files", "peft_types", "peft_config", "peft_tensors", "peft_format", "adapter_fill", "adapter_io"],
     ["model_files", "shards", "gguf_model", "gguf_tokenizer", "pretrained", "disk_names"],
     ["convert_sources", "convert"],
     ["small_model", "hub", "on_load", "incoming", "bnb_format", "model", "facts", "doctor"],
     ["generate", "heldout", "rundir", "conversation"],
-    ["workshop", "samples", "checkpoint", "train"],
+    ["step", "originals", "prepare", "workshop", "samples", "checkpoint", "train"],
     ["trace", "sdpa", "skeleton", "shapes", "workload", "memory", "oom", "fit", "plan"],
     ["merge_table", "merge"],
     ["results", "figures", "curves", "verdict", "card", "sections", "report"],
@@ -137,7 +137,7 @@ def test_what_must_be_quick_imports_no_torch(name):
 
 def test_only_the_step_calls_backward():
     """Elsewhere only `hold` brings a gradient back, and the first look at a machine tries one."""
-    allowed = {"train.py", "adapt.py", "flow.py", "bank.py", "doctor.py"}
+    allowed = {"step.py", "prepare.py", "adapt.py", "flow.py", "bank.py", "doctor.py"}
     for path in files():
         calls = [
             node

@@ -21,8 +21,8 @@ from loraloom.packing import Batch
 from loraloom.sdpa import CPU, CUDNN, EFFICIENT, FLASH, choose, fused_attention
 from loraloom.shapes import published
 from loraloom.skeleton import meta_model
+from loraloom.step import train_step
 from loraloom.trace import Shapes, Tape
-from loraloom.train import train_step
 from loraloom.workload import Assumed
 from loraloom.workshop import checkpoint_layers, spec_of
 

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import tiny
@@ -20,14 +21,24 @@ from transformers.pytorch_utils import Conv1D
 from loraloom import methods
 from loraloom.adapt import Adapters, attach
 from loraloom.adapter import AdapterSpec
+from loraloom.adapter_files import FILES, read_record
 from loraloom.adapter_io import load_adapter, save_adapter
+from loraloom.dressing import dress_prompts
 from loraloom.errors import UserError
+from loraloom.incoming import quantize_model
 from loraloom.layers import EmbeddingLayer, view
-from loraloom.methods.base import Site
+from loraloom.methods.base import NotMergeable, Site
 from loraloom.quant import dense, quantized
 
 METHODS = methods.names()
-EXEMPT: dict[tuple[str, str], str] = {}  # (method, invariant) -> why it does not hold
+EXEMPT: dict[tuple[str, str], str] = {  # (method, invariant) -> why it does not hold
+    ("dora", "gradcheck"): "the norm counts as a constant: test_dora_hira.py compares with that held fast",
+    ("loraxs", "start"): "R starts at N(0, 1e-5^2), as in the paper",
+    ("deltalora", "gradcheck"): "its gradients are those of a W that moves: see test_step_methods.py",
+}
+NO_MATRIX = "what it adds to y is not a change of W times x"
+EXEMPT |= {(method, "update"): NO_MATRIX for method in ("adapterh", "adapterl", "alora", "bitfit")}
+EXEMPT |= {(method, "update"): NO_MATRIX for method in ("prefix_embedding", "prefix_layer", "lora_prefix")}
 INVARIANTS = ("start", "trains", "update", "merge", "detach", "gradcheck", "save", "learns", "bf16")
 R = 3
 SUM = {"rtol": 1e-10, "atol": 1e-10}  # float64: 1e-14 for each of some hundred terms, with room
@@ -44,6 +55,9 @@ class Case:
     x: Callable[[torch.Generator], torch.Tensor]
     targets: tuple[str, ...] = ("layer",)
     sites: int = 1
+    whole: bool = False  # a model, on which a method sits where it goes by itself
+    dense: bool = True
+    embedding: bool = False
 
 
 def normal(*shape: int) -> Callable[[torch.Generator], torch.Tensor]:
@@ -61,6 +75,23 @@ def in_4_bits(module: nn.Module, **settings) -> nn.Module:
     return module
 
 
+def whole(kind: str, quantize: bool = False) -> Case:
+    """A tiny model, called with ids."""
+
+    def make() -> nn.Module:
+        model = tiny.build(kind)
+        if quantize:
+            quantize_model(model, "nf4", block=64, double=True, keep=())
+        return model
+
+    def ids(gen: torch.Generator) -> torch.Tensor:
+        drawn = torch.randint(8, tiny.VOCAB, (2, 6), generator=gen)
+        drawn[:, 2] = TOKEN
+        return drawn
+
+    return Case(make, ids, whole=True, dense=not quantize)
+
+
 def conv2d(**settings) -> Case:
     return Case(lambda: nn.Conv2d(3, 4, (3, 2), **settings), normal(2, 3, 7, 6))
 
@@ -71,11 +102,17 @@ CASES = {
     "linear-of-a-vector": Case(lambda: nn.Linear(5, 7), normal(5)),
     "conv1d": Case(conv1d, normal(2, 4, 5)),
     "embedding": Case(
-        lambda: nn.Embedding(11, 6, padding_idx=0), lambda gen: torch.randint(0, 11, (2, 5), generator=gen)
+        lambda: nn.Embedding(11, 6, padding_idx=0),
+        lambda gen: torch.randint(0, 11, (2, 5), generator=gen),
+        embedding=True,
     ),
-    "embedding-scaled": Case(lambda: Scaled(3.0), lambda gen: torch.randint(0, 11, (2, 5), generator=gen)),
+    "embedding-scaled": Case(
+        lambda: Scaled(3.0), lambda gen: torch.randint(0, 11, (2, 5), generator=gen), embedding=True
+    ),
     "embedding-scaled-by-a-buffer": Case(
-        lambda: Scaled(torch.tensor(3.0)), lambda gen: torch.randint(0, 11, (2, 5), generator=gen)
+        lambda: Scaled(torch.tensor(3.0)),
+        lambda gen: torch.randint(0, 11, (2, 5), generator=gen),
+        embedding=True,
     ),
     "conv2d": conv2d(),
     "conv2d-strided": conv2d(stride=2, padding=1, bias=False),
@@ -87,13 +124,48 @@ CASES = {
     "conv2d-unbatched": Case(lambda: nn.Conv2d(3, 4, 3), normal(3, 6, 6)),
     "roles-of-conv1d": Case(lambda: Fused(Conv1D(18, 6)), normal(2, 4, 6), ("q", "v"), 2),
     "one-role": Case(lambda: Fused(Conv1D(18, 6)), normal(2, 4, 6), ("k",), 1),
-    "linear-nf4": Case(lambda: in_4_bits(nn.Linear(5, 7)), normal(2, 4, 5)),
+    "linear-nf4": Case(lambda: in_4_bits(nn.Linear(5, 7)), normal(2, 4, 5), dense=False),
     "linear-fp4-without-bias": Case(
-        lambda: in_4_bits(nn.Linear(70, 3, bias=False), table="fp4", double=False), normal(6, 70)
+        lambda: in_4_bits(nn.Linear(70, 3, bias=False), table="fp4", double=False), normal(6, 70), dense=False
     ),
-    "conv1d-nf4": Case(lambda: in_4_bits(conv1d(), block=32), normal(2, 4, 5)),
-    "roles-of-conv1d-nf4": Case(lambda: Fused(in_4_bits(Conv1D(18, 6))), normal(2, 4, 6), ("q", "v"), 2),
+    "conv1d-nf4": Case(lambda: in_4_bits(conv1d(), block=32), normal(2, 4, 5), dense=False),
+    "roles-of-conv1d-nf4": Case(
+        lambda: Fused(in_4_bits(Conv1D(18, 6))), normal(2, 4, 6), ("q", "v"), 2, dense=False
+    ),
+    "gpt2": whole("gpt2"),
+    "llama": whole("llama"),
+    "llama-nf4": whole("llama", quantize=True),
 }
+WHOLE_ONLY = ("alora", "adapterl", "full", "bitfit", "prefix_embedding", "prefix_layer", "lora_prefix")
+SEES_DATA = ("eva", "corda", "loraga", "loraone")
+TOKEN = 7  # aLoRA's invocation
+OPTIONS = {
+    "alora": {"invocation": [TOKEN]},
+    "bitfit": {"add_missing": True},
+    "loradrop": {"kept": ["layer", "c_attn:q", "model.layers.0.mlp.up_proj", "transformer.h.0.attn.c_attn"]},
+    "lora_prefix": {"prefix": 2, "infix": 1, "kind": "layer"},
+    "prefix_embedding": {"prefix": 2, "infix": 1},
+    "prefix_layer": {"prefix": 2, "infix": 1},
+}
+
+
+def refused(method: str, case: Case) -> str | None:
+    """Words of the reason why a method cannot serve a case."""
+    if case.whole:
+        if method == "full" and not case.dense:
+            return "codes of 4 bits take no small steps"
+        return "there is no quantisation error" if method == "loftq" and case.dense else None
+    if method == "lorafa" and case.embedding:
+        return "its frozen A is zero"
+    if method in SEES_DATA and case.embedding:
+        return "its inputs are ids"
+    if method == "loftq" and case.dense:
+        return "there is no quantisation error"
+    module = Host(case).module
+    layer = view(module, "module")
+    if method == "loraga" and not case.embedding and min(layer.in_features, layer.out_features) < 2 * R:
+        return "different singular directions"
+    return None
 
 
 class Scaled(nn.Embedding):
@@ -144,17 +216,30 @@ class Host(nn.Module):
         return getattr(self.layer, "c_attn", self.layer)
 
 
-def settings(method: str) -> dict:
-    return {"method": method, "r": R, "alpha": 5.0, "seed": 4}
+def host_of(case: Case, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """The model of a case: a whole one, or one around the layer."""
+    return case.make().to(dtype) if case.whole else Host(case, dtype)
 
 
-def stirred(method: str, case: Case, dtype=torch.float64) -> tuple[Host, Adapters]:
+def output(host: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What the host gives: logits of a whole model, called with the adapter's own tokens in the text."""
+    if isinstance(host, Host):
+        return host(x)
+    return host(input_ids=torch.tensor(dress_prompts(host, x.tolist()))).logits
+
+
+def settings(method: str, case: Case) -> dict:
+    chosen = {"method": method, "r": R, "alpha": 5.0, "seed": 4, "options": OPTIONS.get(method, {})}
+    return chosen if case.whole else chosen | {"target_modules": list(case.targets)}
+
+
+def stirred(method: str, case: Case, dtype=torch.float64) -> tuple[Any, Adapters]:
     """A host whose adapter has left its start, in float64."""
-    host = Host(case, dtype)
-    adapters = attach(host, target_modules=list(case.targets), **settings(method))
+    host = host_of(case, dtype)
+    adapters = attach(host, **settings(method, case))
     for _, tensor in adapters.adapters["default"].named_tensors():
         tensor.data = tensor.data.to(torch.promote_types(dtype, torch.float32))
-    tiny.stir(adapters, size=0.5)
+    tiny.stir(adapters, size=0.05 if case.whole else 0.5)
     return host, adapters
 
 
@@ -187,7 +272,19 @@ def holds(method: str, invariant: str) -> None:
         pytest.skip(EXEMPT[method, invariant])
 
 
-every = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def pairs(wanted: Callable[[str, Case], bool]) -> pytest.MarkDecorator:
+    """A parametrisation over the methods and the cases that they go with."""
+    found = [
+        pytest.param(method, case, id=f"{method}-{name}")
+        for method in METHODS
+        for name, case in CASES.items()
+        if (case.whole or method not in WHOLE_ONLY) and wanted(method, case)
+    ]
+    return pytest.mark.parametrize(("method", "case"), found)
+
+
+every = pairs(lambda method, case: refused(method, case) is None)
+layers = pairs(lambda method, case: not case.whole and refused(method, case) is None)
 family = pytest.mark.parametrize("method", METHODS)
 
 
@@ -196,46 +293,54 @@ def test_exemptions_name_what_exists():
     assert METHODS
 
 
+@pairs(lambda method, case: refused(method, case) is not None)
+def test_what_cannot_work_is_refused_with_the_reason(method, case):
+    host = host_of(case)
+    with pytest.raises(UserError, match=refused(method, case)):
+        attach(host, **settings(method, case))
+    assert all("forward" not in module.__dict__ for module in host.modules())
+
+
 # ---- invariants ---------------------------------------------------------------------------------------------
 
 
 @every
-@family
 def test_the_layer_is_unchanged_at_the_start(method, case):
     holds(method, "start")
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        host = Host(case, dtype)
+        host = host_of(case, dtype)
         x = x_of(case)
         x = x.to(dtype) if x.is_floating_point() else x
-        before = host(x)
-        attach(host, target_modules=list(case.targets), **settings(method))
-        assert torch.equal(host(x), before), dtype
-        assert host(x).dtype == before.dtype
+        before = output(host, x)
+        attach(host, **settings(method, case))
+        after = host(input_ids=x).logits if case.whole else host(x)  # without tokens of the adapter's own
+        assert torch.equal(after, before), dtype
+        assert after.dtype == before.dtype
 
 
 @every
-@family
 def test_what_trains_is_what_init_returned(method, case):
     holds(method, "trains")
-    host = Host(case)
-    adapters = attach(host, target_modules=list(case.targets), **settings(method))
-    sites = adapters.adapters["default"].sites.values()
-    assert len(sites) == case.sites
-    inside = {id(p) for site in sites for p in site.p.values() if isinstance(p, nn.Parameter)}
+    host = host_of(case)
+    adapters = attach(host, **settings(method, case))
+    adapter = adapters.adapters["default"]
+    assert case.whole or len(adapter.sites) == case.sites
+    inside = {
+        id(p) for site in adapter.sites.values() for p in site.p.values() if isinstance(p, nn.Parameter)
+    }
+    inside |= {id(p) for _, p in adapters.overlaid("default")}
     assert {id(p) for p in adapters.parameters()} == inside
     assert {id(p) for group in adapters.groups(1e-3) for p in group["params"]} == inside
     assert not any(p.requires_grad for p in host.parameters())
     if method in ("lora", "loraplus", "rslora"):
-        count = sum(R * (site.layer.in_features + site.layer.out_features) for site in sites)
+        count = sum(R * (s.layer.in_features + s.layer.out_features) for s in adapter.sites.values())
         assert sum(p.numel() for p in adapters.parameters()) == count
-    x = x_of(case)
-    host(x).square().sum().backward()
+    output(host, x_of(case)).square().sum().backward()
     assert any(p.grad is not None and p.grad.any() for p in adapters.parameters())
     assert all(p.grad is None for p in host.parameters())
 
 
-@every
-@family
+@layers
 def test_the_output_is_that_of_the_moved_weight(method, case):
     """update == x @ delta.T, in the words of every kind of layer."""
     holds(method, "update")
@@ -267,45 +372,46 @@ def patches(module: nn.Module, site: Site, x: torch.Tensor) -> torch.Tensor:
 
 
 @every
-@family
 def test_merged_equals_unmerged_and_unmerging_restores_every_bit(method, case):
     holds(method, "merge")
     host, adapters = stirred(method, case)
-    own, bits = host.module.weight, tiny.digest(host)
+    bits, own = tiny.digest(host), dict(host.named_parameters())
     x = x_of(case)
-    before = host(x)
+    before = output(host, x)
+    if not adapters.adapters["default"].method.mergeable:
+        with pytest.raises(NotMergeable, match=f"{method} cannot be merged: "):
+            adapters.merge()
+        assert torch.equal(output(host, x), before)
+        return
     adapters.merge()
-    assert "forward" not in host.module.__dict__
-    torch.testing.assert_close(host(x), before, **SUM)
+    assert all("forward" not in module.__dict__ for module in host.modules())
+    torch.testing.assert_close(output(host, x), before, **SUM)
     adapters.unmerge()
-    assert host.module.weight is own
+    assert all(parameter is own[name] for name, parameter in host.named_parameters())
     assert tiny.digest(host) == bits
-    assert torch.equal(host(x), before)
+    assert torch.equal(output(host, x), before)
 
 
 @every
-@family
 def test_detaching_leaves_no_trace(method, case):
     holds(method, "detach")
-    host = Host(case)
-    host.module.weight.requires_grad_(False)
+    host = host_of(case)
+    next(host.parameters()).requires_grad_(False)
     flags = {name: p.requires_grad for name, p in host.named_parameters()}
     bits, names = tiny.digest(host), list(host.state_dict())
-    adapters = attach(host, target_modules=list(case.targets), **settings(method))
+    hooks = [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in host.modules()]
+    adapters = attach(host, **settings(method, case))
     assert list(host.state_dict()) == names
     tiny.stir(adapters)
-    host(x_of(case)).sum().backward()
+    output(host, x_of(case)).sum().backward()
     adapters.detach()
     assert tiny.digest(host) == bits
     assert {name: p.requires_grad for name, p in host.named_parameters()} == flags
-    for module in host.modules():
-        assert "forward" not in module.__dict__
-        assert not module._forward_pre_hooks
-        assert not module._forward_hooks
+    assert all("forward" not in module.__dict__ for module in host.modules())
+    assert [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in host.modules()] == hooks
 
 
 @every
-@family
 def test_gradients_against_finite_differences(method, case):
     holds(method, "gradcheck")
     host, adapters = stirred(method, case)
@@ -313,51 +419,51 @@ def test_gradients_against_finite_differences(method, case):
     parameters = adapters.parameters()
     inputs = [x.requires_grad_()] if x.is_floating_point() else []
 
-    def output(*_):
-        return host(x)
+    def live(*_):
+        return output(host, x)
 
     def held(*_):
         with adapters.hold():
-            return host(x)
+            return output(host, x)
 
-    assert torch.autograd.gradcheck(output, (*inputs, *parameters))
-    assert torch.equal(held(), output())
+    # one random direction for each tensor; LoRA, whose path most methods share, in every direction
+    assert torch.autograd.gradcheck(live, (*inputs, *parameters), fast_mode=method != "lora" or case.whole)
+    assert torch.equal(held(), live())
 
 
 @every
-@family
 def test_save_load_save_gives_the_same_bytes(method, case, tmp_path):
     holds(method, "save")
     host, adapters = stirred(method, case, torch.float32)
     x = x_of(case)
     x = x.float() if x.is_floating_point() else x
-    before = host(x)
+    before = output(host, x)
     save_adapter(adapters, tmp_path / "one")
-    fresh = Host(case, torch.float32)
+    fresh = host_of(case, torch.float32)
     again = load_adapter(fresh, tmp_path / "one")
-    assert torch.equal(fresh(x), before)
+    assert torch.equal(output(fresh, x), before)
     save_adapter(again, tmp_path / "two")
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert files == ["adapter_config.json", "adapter_model.safetensors", "loraloom.json"]
+    assert files == sorted(["loraloom.json", *FILES[read_record(tmp_path / "one").form]])
     for name in files:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
 @every
-@family
 def test_twenty_steps_bring_the_loss_down(method, case):
+    """The goal is what the same method can reach: a rank of three follows no random one."""
     holds(method, "learns")
-    host = Host(case)
     x = x_of(case)
-    adapters = attach(host, target_modules=list(case.targets), **settings(method))
-    gen = torch.Generator().manual_seed(8)
-    goal = host(x).detach()
-    goal = goal + torch.randn(goal.shape, generator=gen, dtype=goal.dtype)
-    optimizer = torch.optim.Adam(adapters.groups(0.02))
+    far, adapters = stirred(method, case)
+    goal = output(far, x).detach()
+    host = host_of(case)
+    adapters = attach(host, **settings(method, case))
+    rate = 100 * max(2e-4, methods.find(method).learning_rate)  # some methods' own is twenty times LoRA's
+    optimizer = torch.optim.Adam(adapters.groups(rate if not case.whole else min(rate, 0.02)))
     losses = []
     for _ in range(20):
         optimizer.zero_grad()
-        loss = (host(x) - goal).square().mean()
+        loss = (output(host, x) - goal).square().mean()
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
@@ -365,17 +471,20 @@ def test_twenty_steps_bring_the_loss_down(method, case):
 
 
 @every
-@family
 def test_a_bfloat16_base_keeps_float32_masters(method, case):
     holds(method, "bf16")
     host, adapters = stirred(method, case, torch.bfloat16)
     x = x_of(case)
     x = x.bfloat16() if x.is_floating_point() else x
     assert {p.dtype for p in adapters.parameters()} == {torch.float32}
-    y = host(x)
+    y = output(host, x)
     assert y.dtype == torch.bfloat16
     y.float().square().sum().backward()
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in adapters.parameters())
+    trained = adapters.parameters()
+    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in trained)
+    assert any(p.grad is not None and p.grad.any() for p in trained)
+    if case.whole or (method, "update") in EXEMPT:
+        return  # the same layers, and no weight to compare with
     truth = moved_in_float64(host, adapters)(x.double() if x.is_floating_point() else x)
     scale = truth.abs().max()
     assert (y.double() - truth).abs().max() < 0.03 * scale  # bfloat16 rounds at 0.4 %, a few times over
@@ -496,14 +605,15 @@ def test_lr_ratio_is_a_setting_of_lora_too():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"method": "lore"}, "there is no method 'lore'; there are lora, loraplus, rslora"),
+        ({"method": "lore"}, "there is no method 'lore'; there are adalora, "),
         ({"rr": 3}, "method lora has no setting rr"),
         ({"lr_ratio": "high"}, "method.lr_ratio is 'high', which is not a number"),
         ({"r": 0}, "r is 0"),
         ({"r": 2.5}, "r is 2.5"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"alpha": "x"}, "alpha is 'x': use a number or a multiple of the rank, such as 2r"),
-        ({"rank_pattern": {"0": 0}}, "rank_pattern: '0' is 0"),
+        ({"rank_pattern": {"0": -1}}, "rank_pattern: '0' is -1"),
+        ({"rank_pattern": {"0": 0}}, "lora finds nothing to train in this Sequential"),
         ({"rank_pattern": {"(": 2}}, "rank_pattern: '(' is not a regular expression: "),
         ({"alpha_pattern": {"nine": 2}}, "alpha_pattern: 'nine' matches no layer with an adapter"),
         ({"bias": "some"}, "bias is 'some'"),
@@ -524,5 +634,7 @@ def test_wrong_settings_are_named_and_leave_the_model_alone(wrong, message):
 def test_every_setting_of_a_method_has_words(method):
     kind = methods.find(method)
     assert all(field.metadata.get("help") for field in dataclasses.fields(kind))
-    assert methods.name_of(kind()) == method
-    assert AdapterSpec(method=method).make().r == 16
+    assert methods.name_of(kind(**OPTIONS.get(method, {}))) == method
+    assert AdapterSpec(method=method, options=OPTIONS.get(method, {})).make().r == kind.r
+    assert kind.learning_rate > 0
+    assert kind.rate_source

@@ -13,32 +13,53 @@ from dataclasses import fields
 import pytest
 import tiny
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    HiraConfig,
+    LoraConfig,
+    PeftModel,
+    RandLoraConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from loraloom import methods
 from loraloom.adapt import attach
 from loraloom.adapter import AdapterSpec
 from loraloom.adapter_io import load_adapter, save_adapter
 from loraloom.errors import NonFinite, UserError
-from loraloom.peft_config import UNREAD, in_layers
-from loraloom.peft_format import EMBEDDING_KEYS, PREFIX
+from loraloom.peft_config import INIT, in_layers
+from loraloom.peft_tensors import PREFIX, file_suffix, placed
+from loraloom.peft_types import TYPES
 
 # of transformers to PEFT, about a name that PEFT still asks for
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
-def logits(model, rows=3):
-    return model(tiny.ids(rows=rows)).logits
+INVOCATION = [20, 21]  # aLoRA's; the last row of ids has none
 
 
-def theirs(kind: str, *, seed: int = 0, **settings) -> PeftModel:
+def logits(model):
+    ids = tiny.ids()
+    ids[0, 2:4] = ids[1, 5:] = torch.tensor(INVOCATION)
+    return model(ids).logits
+
+
+def theirs(kind: str, *, seed: int = 0, config=LoraConfig, **settings) -> PeftModel:
     """PEFT's adapter on a tiny model, moved away from its start."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The following rank_pattern keys did not match")
-        model = get_peft_model(tiny.build(kind, seed=seed), LoraConfig(**settings))
+        for start in (
+            "The following rank_pattern keys",
+            "fan_in_fan_out",
+            "Specified to not",
+            "Model has `tie",
+        ):
+            warnings.filterwarnings("ignore", start)
+        model = get_peft_model(tiny.build(kind, seed=seed), config(**settings))
     gen = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -62,7 +83,9 @@ def in_peft(kind: str, folder) -> PeftModel:
 def by_file_key(model: PeftModel) -> dict[str, torch.Tensor]:
     """PEFT's gradients by the key that the tensor has in a file."""
     return {
-        name.replace(".default", "").replace(".modules_to_save", ""): parameter.grad
+        name.replace(".default", "").replace(".modules_to_save", "").replace("_vector.weight", "_vector"): (
+            parameter.grad
+        )
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if parameter.requires_grad and parameter.grad is not None
     }
@@ -72,9 +95,8 @@ def our_gradients(adapters) -> dict[str, torch.Tensor]:
     adapter = adapters.adapters["default"]
     found = {}
     for key, site in adapter.sites.items():
-        names = EMBEDDING_KEYS if isinstance(site.layer.module, nn.Embedding) else site.method.peft_keys
-        for name, tensor in site.p.items():
-            found[f"{PREFIX}{key}.{names[name]}"] = tensor.grad
+        for name in placed(site):
+            found[f"{PREFIX}{key}.{file_suffix(site, name)}"] = site.p[name].grad
     adapted = set(adapter.sites)
     for name, tensor in adapters.overlaid("default"):
         module, _, leaf = name.rpartition(".")
@@ -96,6 +118,14 @@ PATTERNS = {
     "rank_pattern": {"q_proj": 2, r"layers\.1\.self_attn\.v_proj": 3, "nothing": 5},
     "alpha_pattern": {"^model.layers.0.self_attn.q_proj": 9},
 }
+SPECIAL = {
+    "dora": {"use_dora": True},
+    "dora-rslora": {"use_dora": True, "use_rslora": True, "rank_pattern": {"q_proj": 2, "c_fc": 2}},
+    "alora": {"alora_invocation_tokens": INVOCATION, "task_type": "CAUSAL_LM"},
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+}
+ADALORA = {"init_r": 3, "lora_alpha": 6, "total_step": 9, "target_modules": LLAMA["target_modules"]}
 CASES = {
     "llama": ("llama", LLAMA),
     "llama-rslora": ("llama", LLAMA | {"use_rslora": True}),
@@ -127,6 +157,30 @@ CASES = {
     "roberta-classifier-bias-all": ("roberta-cls", BERT | {"task_type": "SEQ_CLS", "bias": "all"}),
     "roberta-saved": ("roberta-cls", BERT | {"modules_to_save": ["classifier"]}),
     "neox": ("neox", {"r": 4, "target_modules": ["query_key_value"]}),
+    **{
+        f"{kind}-{name}": (kind, base | settings)
+        for kind, base in (("llama", LLAMA), ("gpt2", GPT2))
+        for name, settings in SPECIAL.items()
+        if (kind, name) != ("gpt2", "olora")  # PEFT's own forward pass fails there
+    },
+    "llama-dora-table": ("llama", LLAMA | {"use_dora": True, "target_modules": ["q_proj", "embed_tokens"]}),
+    "llama-hira-table": (
+        "llama",
+        {"config": HiraConfig, "r": 4, "target_modules": ["q_proj", "embed_tokens"]},
+    ),
+    **{
+        f"{kind}-{name}": (kind, {"config": config, "r": 4, "target_modules": base["target_modules"]} | more)
+        for kind, base in (("llama", LLAMA), ("gpt2", GPT2))
+        for name, config, more in (
+            ("vera", VeraConfig, {"bias": "vera_only"}),
+            ("vera-redrawn", VeraConfig, {"save_projection": False, "projection_prng_key": 5}),
+            ("randlora", RandLoraConfig, {"randlora_alpha": 20, "bias": "all"}),
+            ("randlora-redrawn", RandLoraConfig, {"save_projection": False, "sparse": True}),
+            ("hira", HiraConfig, {"modules_to_save": ["lm_head"]}),
+        )
+    },
+    "llama-adalora": ("llama", {"config": AdaLoraConfig, **ADALORA}),
+    "gpt2-adalora": ("gpt2", {"config": AdaLoraConfig, **ADALORA, "target_modules": GPT2["target_modules"]}),
 }
 
 
@@ -142,7 +196,9 @@ def test_their_folder_gives_their_logits_and_their_gradients(kind, settings, tmp
     truth, found = by_file_key(model), our_gradients(adapters)
     assert set(found) == set(truth)
     for key, gradient in truth.items():
-        torch.testing.assert_close(found[key], gradient, **CLOSE, msg=key)
+        torch.testing.assert_close(found[key].reshape(gradient.shape), gradient, **CLOSE, msg=key)
+    if not adapters.adapters["default"].method.mergeable:
+        return
     adapters.merge()
     torch.testing.assert_close(logits(ours), logits(model), rtol=1e-4, atol=1e-4)  # rounded once more, in W
 
@@ -321,11 +377,15 @@ def test_a_block_is_exactly_our_roles(tmp_path):
     assert torch.equal(b, truth)
 
 
-def test_roles_of_different_scales_make_no_block(tmp_path):
-    _, adapters = ours("gpt2", r=4, target_modules=["q", "v"], alpha_pattern={".*c_attn:q": 3})
-    with pytest.raises(UserError, match="its roles have different scales"):
-        save_adapter(adapters, tmp_path)
-    assert not list(tmp_path.iterdir())
+def test_roles_of_different_scales_make_no_block_and_are_one_lora_of_scale_1(tmp_path):
+    model, adapters = ours("gpt2", r=4, target_modules=["q", "v"], alpha_pattern={".*c_attn:q": 3})
+    save_adapter(adapters, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["alpha_pattern"]) == (8, 8, {})
+    torch.testing.assert_close(logits(in_peft("gpt2", tmp_path)), logits(model), **CLOSE)
+    again = tiny.build("gpt2")
+    load_adapter(again, tmp_path)
+    assert torch.equal(logits(again), logits(model))
 
 
 # ---- a folder that does not fit -----------------------------------------------------------------------------
@@ -422,18 +482,21 @@ def test_loading_onto_a_model_with_adapters_leaves_them_as_they_were(folder):
 @pytest.mark.parametrize(
     ("changes", "detail"),
     [
-        ({"use_dora": True}, "use_dora = True"),
         ({"lora_bias": True}, "lora_bias = True"),
         ({"layer_replication": [[0, 1]]}, "layer_replication = [[0, 1]]"),
         ({"target_parameters": ["experts"]}, "target_parameters = ['experts']"),
         ({"trainable_token_indices": [3]}, "trainable_token_indices = [3]"),
-        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens = [1]"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights = pissa: it changed the base's weights"),
+        ({"use_qalora": True}, "use_qalora = True"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights = corda: it changed the base's weights"),
+        ({"init_lora_weights": "lora_ga"}, "init_lora_weights = lora_ga: it changed the base's weights"),
+        (
+            {"init_lora_weights": "pissa", "use_rslora": True},  # the one is taken, the two together are not
+            "init_lora_weights = pissa: it changed the base's weights",
+        ),
         (
             {"init_lora_weights": "pissa_niter_4"},
             "init_lora_weights = pissa_niter_4: it changed the base's weights",
         ),
-        ({"init_lora_weights": "olora"}, "init_lora_weights = olora: it changed the base's weights"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights = loftq: it changed the base's weights"),
     ],
 )
@@ -443,35 +506,88 @@ def test_what_cannot_be_honoured_is_refused_by_name(folder, changes, detail):
     assert (error.message, error.details) == (f"{folder} uses what cannot be honoured", [detail])
 
 
-def test_every_setting_of_peft_is_read_refused_or_without_effect():
+def test_settings_that_only_different_methods_take_are_refused_together(folder):
+    reconfigure(folder, use_dora=True, alora_invocation_tokens=[1])
+    error = refused(folder)
+    assert error.message == f"{folder} uses what cannot be honoured"
+    assert error.details == ["use_dora = True", "alora_invocation_tokens = [1]"]
+
+
+def test_alora_is_refused_where_peft_does_not_heed_it(folder):
+    reconfigure(folder, alora_invocation_tokens=[1], target_modules=["q_proj", "embed_tokens"])
+    assert refused(folder).details == ["alora_invocation_tokens: PEFT does not heed it on model.embed_tokens"]
+
+
+READ = {  # settings that all types have
+    *("peft_type", "r", "target_modules", "exclude_modules", "bias", "modules_to_save", "task_type"),
+    *("layers_to_transform", "layers_pattern", "base_model_name_or_path"),
+    "save_projection",  # where the file is read
+}
+NO_EFFECT = {  # about training, placement or looking up
+    *("auto_mapping", "peft_version", "revision", "inference_mode", "fan_in_fan_out", "runtime_config"),
+    *("megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("qalora_group_size", "init_weights"),
+}
+UNHEEDED = {  # settings that PEFT has there and does nothing with, or only in training
+    "ADALORA": {"use_rslora", "alpha_pattern", "total_step"},
+    "HIRA": {"rank_pattern"},
+}
+CONFIGS = {
+    "LORA": LoraConfig,
+    "ADALORA": AdaLoraConfig,
+    "VERA": VeraConfig,
+    "RANDLORA": RandLoraConfig,
+    "HIRA": HiraConfig,
+}
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_every_setting_of_peft_is_read_refused_or_without_effect(name):
     """A field that PEFT gains must be looked at before an adapter that uses it is read."""
-    read = {
-        *("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora"),
-        *(
-            "bias",
-            "modules_to_save",
-            "rank_pattern",
-            "alpha_pattern",
-            "layers_to_transform",
-            "layers_pattern",
-        ),
-        *("init_lora_weights", "task_type", "base_model_name_or_path"),
-    }
-    no_effect = {  # about training, placement or looking up
-        *("auto_mapping", "peft_version", "revision", "inference_mode", "fan_in_fan_out", "runtime_config"),
-        *("megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-        *("qalora_group_size",),
-    }
-    assert {field.name for field in fields(LoraConfig)} <= read | no_effect | set(UNREAD)
+    kind = TYPES[name]
+    read = READ | {kind.r, kind.alpha, kind.dropout, *kind.special, *kind.patterns, *kind.unread}
+    read |= {INIT} if name in ("LORA", "ADALORA") else set()
+    for method in map(methods.find, methods.names()):
+        if method.peft_type == name:
+            read |= Asked.keys_of(method)
+    read |= {"ADALORA": {"rank_pattern"}}.get(name, set())  # where its files are unpacked
+    assert {field.name for field in fields(CONFIGS[name])} <= read | NO_EFFECT | UNHEEDED.get(name, set())
+
+
+class Asked(dict):
+    """A folder's settings that note which of them a method looks at."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+
+    def get(self, key, default=None):
+        self.seen.add(key)
+        return default
+
+    @classmethod
+    def keys_of(cls, method) -> set[str]:
+        seen: set[str] = set()
+        method.from_peft(cls(seen))
+        return seen
 
 
 def test_another_method_of_peft_is_refused(folder):
-    reconfigure(folder, peft_type="VERA")
+    reconfigure(folder, peft_type="LOHA")
     error = refused(folder)
     assert (error.message, error.hint) == (
-        f"{folder} is a VERA adapter, which cannot be read yet",
-        "LORA can",
+        f"{folder} is a LOHA adapter, which cannot be read",
+        "ADALORA, HIRA, LORA, RANDLORA, VERA can",
     )
+
+
+def test_a_folder_that_no_method_of_its_type_answers_for(folder, monkeypatch):
+    """The settings that each of them refuses are named."""
+    monkeypatch.setattr(
+        methods.find("vera"), "from_peft", lambda config: None if config.get("d_initial") == 3 else {}
+    )
+    reconfigure(folder, peft_type="VERA", d_initial=3)
+    assert refused(folder).details == ["d_initial = 3"]
 
 
 @pytest.mark.parametrize(
@@ -524,8 +640,8 @@ def test_our_own_file_broken_or_at_odds(folder):
         error = refused(folder)
         assert error.message.startswith(f"{own} is broken: ")
         assert error.hint == "delete it to read the folder as PEFT does"
-    own.write_text('{"format": 2}')
-    assert refused(folder).message == f"{own} has format 2, this version reads 1"
+    own.write_text('{"format": 3}')
+    assert refused(folder).message == f"{own} has format 3, this version reads 1 to 2"
     own.write_text(good)
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 99}))

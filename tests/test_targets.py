@@ -160,7 +160,7 @@ def test_an_unknown_name_gives_the_nearest_and_all_others():
     assert error.message == "target_modules: 'q_porj' matches no layer of this LlamaForCausalLM"
     assert error.hint == (
         "did you mean q_proj or v_proj or o_proj? there are down_proj, embed_tokens, gate_proj, k_proj, lm_head, "
-        "o_proj, q_proj, up_proj, v_proj; roles: q, k, v, o, mlp, head, embed"
+        "o_proj, q_proj, up_proj, v_proj; roles: q, k, v, o, mlp, down, head, embed"
     )
 
 

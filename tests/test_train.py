@@ -35,7 +35,7 @@ from loraloom.model import load_model
 from loraloom.optim import make_optimizer, rate_factor, set_rates, warmup_steps
 from loraloom.packing import Batch, pack
 from loraloom.rundir import Run
-from loraloom.train import StepStats, check_gradients, train_step
+from loraloom.step import StepStats, check_gradients, train_step
 from loraloom.workshop import build, checkpoint_layers
 
 pytestmark = pytest.mark.usefixtures("quick")

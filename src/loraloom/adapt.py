@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter, AdapterSpec, check_patterns, has_gain, init_sites, place, seed_of
+from .adapter import Adapter, AdapterSpec, has_gain, seed_of
 from .bank import Bank
 from .errors import UserError, did_you_mean
-from .flow import Flow
+from .flow import Flow, Text
 from .forwards import Forwards
-from .layers import Layer, view
+from .making import make_adapter
 from .merging import Pristine
-from .methods.base import Method, NotMergeable, Site, unique
+from .methods.base import unique
 from .overlay import Overlay
-from .targets import Target, select
+from .refusals import refuse_merging
 
 
 class Adapters:
@@ -46,6 +46,7 @@ class Adapters:
         self._forwards = Forwards(model, self.flow)
         self._routing: Tensor | None = None
         self._explicit = False
+        self._text = Text()
         self._pristine = Pristine()
         self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         model.requires_grad_(False)
@@ -63,8 +64,10 @@ class Adapters:
 
     # ---- adapters come and go ---------------------------------------------------------------------------
 
-    def add(self, name: str, spec: AdapterSpec) -> Adapter:
+    def add(self, name: str, spec: AdapterSpec, *, blank: bool = False) -> Adapter:
         """Make an adapter and put it in use, alone. The model computes what it did before.
+
+        blank  its tensors will be filled from a file: what would be computed from weights is only allocated
 
         raises  UserError if the name is taken, or a setting does not fit the model
         """
@@ -76,41 +79,17 @@ class Adapters:
             raise UserError(
                 f"there is an adapter named {name!r} already" if name else "an adapter needs a name"
             )
-        method = spec.make()
-        saved = self._modules_named(spec.modules_to_save)
-        targets = select(self.model, spec.target_modules, layers=spec.layers, skip=saved)
-        check_patterns(spec, targets)
         try:
-            self.adapters[name] = self._make(name, spec, method, targets, saved)
+            self.adapters[name] = self._make(name, spec, blank)
         except BaseException:
             self._forget(name)
             raise
         self.use(name)
         return self.adapters[name]
 
-    def _make(
-        self, name: str, spec: AdapterSpec, method: Method, targets: list[Target], saved: list[str]
-    ) -> Adapter:
+    def _make(self, name: str, spec: AdapterSpec, blank: bool) -> Adapter:
         self.flow.seeds[name] = seed_of(spec.seed, name="dropout")
-        for whole in saved:  # each with copies of its own: PEFT too lets a head part from its table
-            self._forwards.overlay(whole).add(name, None, {}, self.device)
-        self._train_biases(name, spec, targets, saved)
-        layers = [self._layer(target) for target in targets]
-        methods = [spec.at(method, target) for target in targets]
-        gens = [torch.Generator().manual_seed(seed_of(spec.seed, name=target.key)) for target in targets]
-        homes: list[torch.device] = [self.device or layer.module.weight.device for layer in layers]  # type: ignore[misc]
-        made = place(init_sites(methods, layers, gens), homes)
-        sites = {}
-        for target, layer, own_method, p in zip(targets, layers, methods, made):
-            site = Site(layer, own_method, p)
-            sites[target.key] = site
-            self.banks[target.name].sites.setdefault(name, []).append(site)
-        return Adapter(name, spec, method, sites, {target.key: target for target in targets})
-
-    def _layer(self, target: Target) -> Layer:
-        """The view of a target: the bank's own of the whole module, or one of some rows."""
-        whole = self._forwards.bank(target.name).layer
-        return whole if target.rows is None else view(whole.module, target.name, target.rows)
+        return make_adapter(self._forwards, name, spec, device=self.device, blank=blank)
 
     def remove(self, name: str) -> None:
         """Take an adapter off the model; a module that carries none any more gets its own forward back."""
@@ -133,42 +112,6 @@ class Adapters:
         self._hook.remove()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))
-
-    def _train_biases(
-        self, adapter: str, spec: AdapterSpec, targets: Sequence[Target], saved: Sequence[str]
-    ) -> None:
-        """Give the adapter its own biases: of the layers it sits on (lora_only), or of every module (all)."""
-        if spec.bias == "none":
-            return
-        if spec.bias not in ("all", "lora_only"):
-            raise UserError(f"bias is {spec.bias!r}", hint="it can be none, all or lora_only")
-        chosen = {target.name for target in targets}
-        copies: dict[int, nn.Parameter] = {}
-        for name, module in self.model.named_modules():
-            whole = any(name == s or name.startswith(s + ".") for s in saved)
-            wanted = spec.bias == "all" or name in chosen
-            if wanted and not whole and isinstance(module._parameters.get("bias"), nn.Parameter):
-                self._forwards.overlay(name).add(adapter, ["bias"], copies, self.device)
-
-    def _modules_named(self, wanted: Sequence[str]) -> list[str]:
-        """The full names of the modules to train whole.
-
-        raises  UserError if one matches nothing, or has no parameters
-        """
-        found = []
-        for entry in [wanted] if isinstance(wanted, str) else wanted:
-            names = [
-                n for n, _ in self.model.named_modules() if n and (n == entry or n.endswith("." + entry))
-            ]
-            names = [n for n in names if any(True for _ in self.model.get_submodule(n).parameters())]
-            if not names:
-                full = {n.rpartition(".")[0] for n, _ in self.model.named_parameters()}
-                leaves = sorted({n.rpartition(".")[2] for n in full if n})
-                raise UserError(
-                    f"modules_to_save: {entry!r} is no module with weights", hint=did_you_mean(entry, leaves)
-                )
-            found += names
-        return found
 
     # ---- which are in use -------------------------------------------------------------------------------
 
@@ -269,8 +212,15 @@ class Adapters:
     def train(self) -> None:
         """Dropout on. The base model's own mode is not touched.
 
-        raises  UserError if several adapters in use are summed and one of them has dropout
+        raises  UserError if several adapters in use are summed and one of them has dropout, or one must see
+                data before its first step and has seen none
         """
+        unready = [name for name in self.flow.active if not self.adapters[name].ready]
+        if unready:
+            raise UserError(
+                f"{', '.join(unready)} must see data before training starts",
+                hint="call loraloom.prepare.prepare(adapters, batches); `loraloom train` does it by itself",
+            )
         if self._routing is None:
             self._check_sum(self.flow.active, training=True)
         self.flow.training = True
@@ -348,9 +298,10 @@ class Adapters:
         """Before each forward pass of the model: how many tokens there are, and which of them adapters touch."""
         ids = kwargs.get("input_ids", args[0] if args else None)
         flow = self.flow
-        flow.tokens = None
+        flow.tokens = flow.ids_BT = None
         if isinstance(ids, Tensor) and ids.dim() >= 2:
             flow.tokens = (ids.shape[0], ids.shape[1])
+            flow.ids_BT = None if ids.is_floating_point() else ids
         if self._routing is not None and flow.tokens and flow.tokens[0] != len(self._routing):
             raise UserError(
                 f"routed() names {len(self._routing)} rows, the batch has {flow.tokens[0]}",
@@ -362,19 +313,22 @@ class Adapters:
         if any(self.adapters[name].method.per_token for name in flow.active):
             if not isinstance(ids, Tensor) or ids.is_floating_point():
                 raise UserError("an adapter here chooses tokens by their ids: call the model with input_ids")
-            flow.mask_BMK = self._by_token(ids, kwargs.get("position_ids"))
+            flow.mask_BMK = self._by_token(ids, kwargs)
         flow.seen = flow.state()
 
-    def _by_token(self, ids_BT: Tensor, position_BT: Tensor | None) -> Tensor:
+    def _by_token(self, ids_BT: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """The mask of owners (B, T, K) when some methods choose among tokens."""
         active = self.flow.active
+        whole_BS = self._text.so_far(ids_BT, kwargs.get("past_key_values"))
+        position_BT = kwargs.get("position_ids") if whole_BS is ids_BT else None
         if self._routing is None:
             mask_BTK = torch.ones(*ids_BT.shape, len(active), dtype=torch.bool, device=ids_BT.device)
         else:
             mask_BTK = self._routing.expand(-1, ids_BT.shape[1], -1).clone()
         for k, name in enumerate(active):
             if self.adapters[name].method.per_token:
-                mask_BTK[..., k] &= self.adapters[name].method.token_mask(ids_BT, position_BT)
+                mask_BS = self.adapters[name].method.token_mask(whole_BS, position_BT)
+                mask_BTK[..., k] &= mask_BS[:, -ids_BT.shape[1] :]
         return mask_BTK
 
     # ---- merging ----------------------------------------------------------------------------------------
@@ -390,8 +344,8 @@ class Adapters:
         chosen = names or self.merged or self.flow.active
         self._known(chosen)
         self._not_held()
-        if any(self.adapters[name].method.per_token for name in chosen):
-            raise NotMergeable(f"{', '.join(chosen)} touches only some tokens, so it cannot be merged")
+        for name in chosen:
+            refuse_merging(self.adapters[name].method)
         self.unmerge()
         self.use(*chosen)
         self._pristine.fold(self.flow.active, self.banks.values(), self.overlays.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from . import methods
 from .config import resolve_alpha
 from .errors import UserError, did_you_mean
 from .files import digest
-from .layers import Layer
+from .layers import BlockLayer, Layer
 from .methods.base import Method, Site
 from .targets import Target
 
@@ -25,10 +26,10 @@ class AdapterSpec:
 
     method: str = "lora"
     options: dict[str, Any] = field(default_factory=dict)  # the method's own settings
-    r: int = 16
-    alpha: float | str = "2r"
+    r: int | str = "auto"  # the method's own default
+    alpha: float | str = "auto"  # as many times r as in the method's own defaults
     dropout: float = 0.0
-    target_modules: str | Sequence[str] = "all-linear"
+    target_modules: str | Sequence[str] = "auto"  # where the method goes by itself
     layers: str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -41,17 +42,27 @@ class AdapterSpec:
 
         raises  UserError for a setting out of range, or one that the method does not have
         """
-        check_rank(self.r, "r")
+        spec = self if "auto" not in (self.r, self.alpha) else self.settled()
+        check_rank(spec.r, "r")
         if isinstance(self.dropout, bool | str) or not 0 <= self.dropout < 1:
             raise UserError(f"dropout is {self.dropout!r}", hint="it is a share from 0 up to, but not, 1")
-        common = {"r": self.r, "alpha": alpha_of(self.alpha, self.r), "dropout": self.dropout}
+        assert isinstance(spec.r, int)
+        common = {"r": spec.r, "alpha": alpha_of(spec.alpha, spec.r), "dropout": self.dropout}
         return methods.make(self.method, self.options | common)
 
-    def at(self, method: Method, target: Target) -> Method:
-        """The method with one layer's own r and alpha."""
-        r = first_match(self.rank_pattern, target, self.r)
-        alpha = alpha_of(first_match(self.alpha_pattern, target, self.alpha), r)
-        return replace(method, r=r, alpha=alpha)
+    def settled(self) -> AdapterSpec:
+        """The same with what `auto` means for the method written out."""
+        kind = methods.find(self.method)
+        r = kind.r if self.r == "auto" else self.r
+        spec = replace(self, r=r, alpha=f"{kind.alpha / kind.r:g}r" if self.alpha == "auto" else self.alpha)
+        entries = spec.make().auto_targets() if self.target_modules == "auto" else ()
+        return replace(spec, target_modules=list(entries)) if entries else spec
+
+    def at(self, method: Method, target: Target) -> Method | None:
+        """The method with one layer's own r and alpha; None where the rank is 0: the layer is left out."""
+        r = first_match(self.rank_pattern, target, method.r)
+        alpha = alpha_of(first_match(self.alpha_pattern, target, self.alpha), max(1, r))
+        return replace(method, r=r, alpha=alpha) if r else None
 
 
 @dataclass
@@ -63,6 +74,7 @@ class Adapter:
     method: Method
     sites: dict[str, Site]  # by target key: a module's name, or name:role
     roles: dict[str, Target]
+    ready: bool = True  # false while a method that must see data first has not seen any
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the method by a stable name, trained and frozen."""
@@ -71,9 +83,10 @@ class Adapter:
                 yield f"{key}/{name}", tensor
 
 
-def check_rank(r: Any, setting: str) -> None:
-    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-        raise UserError(f"{setting} is {r!r}", hint="a rank is a whole number from 1 up")
+def check_rank(r: Any, setting: str, least: int = 1) -> None:
+    if isinstance(r, bool) or not isinstance(r, int) or r < least:
+        zero = "" if least else ", or 0 to leave the layers out"
+        raise UserError(f"{setting} is {r!r}", hint=f"a rank is a whole number from 1 up{zero}")
 
 
 def alpha_of(alpha: Any, r: int) -> float:
@@ -104,9 +117,18 @@ def pattern_matches(pattern: str, target: Target) -> bool:
 
 
 def init_sites(
-    own: Sequence[Method], layers: Sequence[Layer], gens: Sequence[torch.Generator]
+    own: Sequence[Method],
+    layers: Sequence[Layer],
+    gens: Sequence[torch.Generator],
+    *,
+    blank: bool = False,
 ) -> list[dict[str, Tensor]]:
-    """Each site's tensors; layers whose method has the same settings are made together."""
+    """Each site's tensors; layers whose method has the same settings are made together.
+
+    blank  they will be filled from a file: what would be computed from weights is only allocated
+    """
+    if blank:
+        layers = [shell(layer) for layer in layers]
     tensors: list[dict[str, Tensor]] = [{} for _ in own]
     for method in dict.fromkeys(own):
         members = [i for i, other in enumerate(own) if other == method]
@@ -125,9 +147,27 @@ def place(sites: list[dict[str, Tensor]], devices: Sequence[torch.device]) -> li
                 shell = tensor.detach().to(device)
                 shell = nn.Parameter(shell) if isinstance(tensor, nn.Parameter) else shell
                 p[name] = shells.setdefault(id(tensor), shell)
+            elif tensor.is_meta:  # of a blank site
+                own = torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
+                own = nn.Parameter(own) if isinstance(tensor, nn.Parameter) else own
+                p[name] = shells.setdefault(id(tensor), own)
             elif tensor.device != device:
                 tensor.data = tensor.data.to(device)
     return sites
+
+
+def shell(layer: Layer) -> Layer:
+    """The same layer with weights that have a shape and no numbers: nothing can be computed from them."""
+    if isinstance(layer, BlockLayer):
+        return layer
+    hollow = copy(layer)
+    weight = layer.module.weight
+    assert isinstance(weight, Tensor)
+    hollow.module = copy(layer.module)
+    hollow.module._parameters = dict(layer.module._parameters)
+    empty = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+    hollow.module._parameters["weight"] = nn.Parameter(empty, requires_grad=False)
+    return hollow
 
 
 def seed_of(seed: int, *, name: str) -> int:
@@ -144,7 +184,7 @@ def has_gain(site: Site) -> bool:
 def check_patterns(spec: AdapterSpec, targets: Sequence[Target]) -> None:
     """Refuse a rank or alpha pattern that matches no target, or whose value is none."""
     for pattern, r in spec.rank_pattern.items():
-        check_rank(r, f"rank_pattern: {pattern!r}")
+        check_rank(r, f"rank_pattern: {pattern!r}", least=0)
     for setting, patterns in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern)):
         for pattern in patterns:
             try:

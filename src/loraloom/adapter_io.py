@@ -1,18 +1,16 @@
-"""The PEFT adapter folder, written and read: our native format.
+"""An adapter's folder, written and read. PEFT's format is our native one, where PEFT has the method.
 
-    adapter_config.json          PEFT's settings
-    adapter_model.safetensors    base_model.model.<module>.lora_A.weight (r, I), lora_B.weight (O, r) ...
-    loraloom.json                what PEFT has no word for: the method's name, its settings, the roles
-
-q, k or v of a fused projection are written as one block: A is stacked, B has a column block for each role with
-zeros elsewhere, r grows with the number of roles and alpha so that the scale stays.
+adapter_config.json          PEFT's settings
+adapter_model.safetensors    base_model.model.<module>.lora_A.weight (r, I), lora_B.weight (O, r) ...
+loraloom.json                what PEFT has no word for: the method's name, its settings, the roles
+loraloom.safetensors         what PEFT has no tensors for; adapter_model.safetensors is then a plain LoRA that
+                             computes the same, or is not there if there is no such LoRA (see adapter_files)
 
 Reading is strict: every tensor is used and every parameter filled, or an error lists both sides.
 """
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -28,25 +26,29 @@ from torch import Tensor, nn
 from . import files
 from .adapt import Adapters
 from .adapter import Adapter, AdapterSpec
-from .errors import NonFinite, UserError, did_you_mean
-from .peft_config import CONFIG, read_config, spec_of
-from .peft_format import (
+from .adapter_files import (
+    ALONE,
+    AS_PEFT,
+    CONFIG,
+    FILES,
+    LORA,
     OWN,
-    PREFIX,
-    base_copy,
-    block,
-    by_module,
-    file_suffix,
-    file_tensors,
-    overlay_key,
-    peft_settings,
-    tidied,
-    unblock,
+    OWN_WEIGHTS,
+    PEFT,
+    PICKLE,
+    WEIGHTS,
+    Record,
+    broken,
+    read_config,
+    read_record,
 )
-from .targets import layer_number
+from .adapter_fill import fill_from_own, fill_from_peft, own_tensors
+from .errors import NonFinite, UserError, did_you_mean
+from .peft_config import spec_of, type_of
+from .peft_format import agreed, form_of, peft_settings
+from .peft_tensors import file_tensors
 
-WEIGHTS = "adapter_model.safetensors"
-PICKLE = "adapter_model.bin"
+# ---- writing ------------------------------------------------------------------------------------------------
 
 
 def save_adapter(
@@ -58,7 +60,7 @@ def save_adapter(
     trained_on: Mapping[str, Any] | None = None,
     **about: Any,
 ) -> None:
-    """Write one adapter as a PEFT folder; the files that stand there under other names are left alone.
+    """Write one adapter as a folder, as PEFT's if PEFT can load it; files under other names are left alone.
 
     name        which adapter; the only one if there is one
     base_model  the base's id, for whoever loads the folder
@@ -69,22 +71,75 @@ def save_adapter(
     """
     adapter = the_adapter(adapters, name)
     folder = Path(folder)
-    tensors = dict(sorted(file_tensors(adapters, adapter).items()))
-    bad = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
+    form = form_of(adapter)
+    tensors, config = content(adapters, adapter, form)
+    bad = [key for part in tensors.values() for key, tensor in part.items() if not tensor.isfinite().all()]
     if bad:
         raise NonFinite(f"adapter {adapter.name} is not finite and was not written", details=bad[:10])
-    config = peft_settings(adapters, adapter) | {"base_model_name_or_path": base_model} | about
-    own = {"format": 1, "spec": spec_json(adapter.spec), "targets": list(adapter.sites)}
-    own |= {"trained_on": dict(trained_on)} if trained_on else {}
-    files.write_json(folder / CONFIG, dict(sorted(config.items())))
-    files.write_json(folder / OWN, own)
-    files.write_bytes(folder / WEIGHTS, serialise(tensors, {"format": "pt"}))
+    config |= {"base_model_name_or_path": base_model} | about
+    data = {file: serialise(part, {"format": "pt"}) for file, part in tensors.items()}
+    for file, whole in data.items():
+        files.write_bytes(folder / file, whole)
+    if form != ALONE:
+        files.write_json(folder / CONFIG, dict(sorted(config.items())))
+    record = Record(
+        form=form,
+        spec=spec_json(adapter.spec),
+        targets=list(adapter.sites),
+        trained_on=dict(trained_on or {}),
+        about=config if form == ALONE else {},
+        exported=files.file_digest(folder / WEIGHTS) if form == LORA else None,
+    )
+    files.write_json(folder / OWN, record.to_dict())
+    for stale in {file for other in FILES.values() for file in other} - {*FILES[form]}:
+        (folder / stale).unlink(missing_ok=True)  # of an adapter of another form that stood here
+
+
+def content(
+    adapters: Adapters, adapter: Adapter, form: str
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The tensors of each of the folder's files, by key; and what is to be said about them in the settings."""
+    tensors: dict[str, dict[str, Tensor]] = {}
+    config: dict[str, Any] = {}
+    if form == ALONE:
+        config = {"modules_to_save": list(adapter.spec.modules_to_save)}
+    else:
+        config = peft_settings(adapters, adapter, form)
+        tensors[WEIGHTS] = file_tensors(adapters, adapter, form)
+    if form == PEFT:
+        tensors[WEIGHTS], more = adapter.method.packed(tensors[WEIGHTS])
+        config |= more
+    else:
+        tensors[OWN_WEIGHTS] = own_tensors(adapters, adapter, form)
+    return {file: dict(sorted(part.items())) for file, part in tensors.items()}, config
+
+
+def folder_tensors(adapters: Adapters, name: str | None = None) -> dict[str, dict[str, Tensor]]:
+    """What `save_adapter` writes now: the tensors of each file, by key."""
+    adapter = the_adapter(adapters, name)
+    return content(adapters, adapter, form_of(adapter))[0]
+
+
+def the_adapter(adapters: Adapters, name: str | None) -> Adapter:
+    if name is None and len(adapters.adapters) != 1:
+        raise UserError(f"name the adapter: there are {', '.join(adapters.names) or 'none'}")
+    if name is not None and name not in adapters.adapters:
+        raise UserError(f"there is no adapter named {name!r}", hint=did_you_mean(name, adapters.names))
+    return adapters.adapters[name or adapters.names[0]]
+
+
+def spec_json(spec: AdapterSpec) -> dict[str, Any]:
+    values = asdict(spec)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+# ---- reading ------------------------------------------------------------------------------------------------
 
 
 def load_adapter(
     target: Adapters | nn.Module, folder: Path | str, name: str = "default", *, allow_pickle: bool = False
 ) -> Adapters:
-    """Put the adapter of a PEFT folder on a model, as an adapter of that name, and use it.
+    """Put the adapter of a folder on a model, as an adapter of that name, and use it.
 
     target        a model without adapters, or the object that its adapters hang on
     allow_pickle  read adapter_model.bin if there are no safetensors; loading it as weights only
@@ -92,17 +147,19 @@ def load_adapter(
     raises  UserError if the folder is no adapter, or does not fit the model: every difference, on both sides
     """
     folder = Path(folder)
-    config = read_config(folder)
-    tensors = read_tensors(folder, allow_pickle=allow_pickle)
+    record = read_record(folder)
+    config = record.about if record is not None and record.form == ALONE else read_config(folder)
+    if record is None or record.form != ALONE:
+        type_of(config, folder)  # refuses what cannot be honoured
+    tensors = read_files(folder, record, allow_pickle=allow_pickle)
     adapters = target if isinstance(target, Adapters) else Adapters(target)
     before = adapters.active
     try:
-        spec = own_spec(folder) or spec_of(adapters.model, config, folder)
-        adapter = adapters.add(name, spec)
+        spec = own_spec(record, folder) or spec_of(adapters.model, config, folder)
+        # numbers that will come from our file need not be computed; PEFT's files count on them
+        adapter = adapters.add(name, spec, blank=record is not None)
         try:
-            if (folder / OWN).is_file():
-                check_agreement(adapters, adapter, config, folder)
-            fill(adapters, adapter, tensors, folder, config)
+            fill(adapters, adapter, record, tensors, folder, config)
         except BaseException:
             adapters.remove(name)
             adapters.use(*before)
@@ -121,134 +178,77 @@ def load_adapter(
     return adapters
 
 
-def the_adapter(adapters: Adapters, name: str | None) -> Adapter:
-    if name is None and len(adapters.adapters) != 1:
-        raise UserError(f"name the adapter: there are {', '.join(adapters.names) or 'none'}")
-    if name is not None and name not in adapters.adapters:
-        raise UserError(f"there is no adapter named {name!r}", hint=did_you_mean(name, adapters.names))
-    return adapters.adapters[name or adapters.names[0]]
+def fill(
+    adapters: Adapters,
+    adapter: Adapter,
+    record: Record | None,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    folder: Path,
+    config: Mapping[str, Any],
+) -> None:
+    """Copy the tensors of a folder's files into the adapter."""
+    form = record.form if record is not None else PEFT
+    if record is not None and form != ALONE:
+        check_agreement(adapters, adapter, form, config, folder)
+    if form == PEFT:
+        fill_from_peft(adapters, adapter, tensors[WEIGHTS], folder, config)
+    else:
+        fill_from_own(adapters, adapter, form, tensors, folder, config)
 
 
-def check_agreement(adapters: Adapters, adapter: Adapter, config: Mapping[str, Any], folder: Path) -> None:
+def check_agreement(
+    adapters: Adapters, adapter: Adapter, form: str, config: Mapping[str, Any], folder: Path
+) -> None:
     """Refuse a folder whose two files of settings differ in what the adapter computes.
 
     raises  UserError, as when another tool has trained on and left our file as it was
     """
-    ours = peft_settings(adapters, adapter)
-    keys = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "modules_to_save")
+    ours = peft_settings(adapters, adapter, form)
     differ = [
-        f"{key}: {config[key]} in {CONFIG}, {ours[key]} by {OWN}"
-        for key in keys
-        if key in config and (config[key] or None) != (ours[key] or None)
+        f"{key}: {config[key]} in {CONFIG}, {ours.get(key)} by {OWN}"
+        for key in agreed(adapter.method, form)
+        if key in config and (config[key] or None) != (ours.get(key) or None)
     ]
     if differ:
-        raise UserError(
-            f"{folder}: {CONFIG} and {OWN} do not agree",
-            details=differ,
-            hint=f"delete {OWN} to read the folder as PEFT does",
-        )
+        raise UserError(f"{folder}: {CONFIG} and {OWN} do not agree", details=differ, hint=AS_PEFT)
 
 
-def fill(
-    adapters: Adapters,
-    adapter: Adapter,
-    tensors: Mapping[str, Tensor],
-    folder: Path,
-    config: Mapping[str, Any],
-) -> None:
-    """Copy the file's tensors into the adapter's.
+def read_files(folder: Path, record: Record | None, *, allow_pickle: bool) -> dict[str, Mapping[str, Tensor]]:
+    """The tensors of each of a folder's files, on the CPU.
 
-    raises  UserError that lists every missing, surplus and misshapen tensor
+    raises  UserError if one is missing or broken, or is not the one that loraloom.json is about
     """
-    tensors = tidied(tensors)
-    problems = misfits(adapters, adapter, tensors)
-    if problems:
-        more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
-        base = config.get("base_model_name_or_path")
+    form = record.form if record is not None else PEFT
+    if form == PEFT:
+        return {WEIGHTS: read_tensors(folder, allow_pickle=allow_pickle)}
+    names = [file for file in FILES[form] if file != CONFIG]
+    found: dict[str, Mapping[str, Tensor]] = {file: read_safetensors(folder / file) for file in names}
+    if form == LORA and record is not None and files.file_digest(folder / WEIGHTS) != record.exported:
         raise UserError(
-            f"adapter {folder} does not fit {type(adapters.model).__name__}",
-            details=problems[:20] + more,
-            hint=f"it was trained on {base}" if base else "was it trained on another model?",
+            f"{folder}: {WEIGHTS} is not the one that {OWN} was written with",
+            details=[f"{OWN_WEIGHTS} holds what {WEIGHTS} was made from, and was left as it was"],
+            hint=AS_PEFT,
         )
-    bad = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
-    if bad:
-        raise NonFinite(f"adapter {folder} holds values that are not finite", details=bad[:10])
-    with torch.no_grad():
-        for module, sites in by_module(adapter).items():
-            suffixes = {name: file_suffix(sites[0], name) for name in block(sites)}
-            whole = {name: tensors[f"{PREFIX}{module}.{suffix}"] for name, suffix in suffixes.items()}
-            for site, part in zip(sites, unblock(sites, whole, f"{folder}: {module}")):
-                for name, value in part.items():
-                    site.p[name].copy_(value.reshape(site.p[name].shape))
-        filled: dict[int, str] = {}
-        for full_name, tensor in adapters.overlaid(adapter.name):
-            value = tensors[overlay_key(adapter, full_name)]
-            first = filled.setdefault(id(tensor), full_name)
-            if first != full_name and not torch.equal(tensor.cpu(), value.to(tensor.dtype)):
-                raise UserError(
-                    f"adapter {folder}: {first} and {full_name} are one tensor here, and differ there"
-                )
-            tensor.copy_(value)
+    return found
 
 
-def misfits(adapters: Adapters, adapter: Adapter, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Every tensor of the file that has no place, another shape, or is not there, in words."""
-    wanted = {key: tensor.shape for key, tensor in file_tensors(adapters, adapter).items()}
-    problems = [
-        f"{key.removeprefix(PREFIX)}: the adapter has {tuple(tensors[key].shape)}, the model needs {tuple(shape)}"
-        for key, shape in wanted.items()
-        if key in tensors and tensors[key].shape != shape
-    ]
-    problems += [f"{key.removeprefix(PREFIX)}: not in the adapter" for key in wanted if key not in tensors]
-    for key in sorted(tensors.keys() - wanted):
-        own = base_copy(adapters.model, key)
-        if own is None:
-            problems.append(f"{key.removeprefix(PREFIX)}: {why_surplus(adapters.model, key)}")
-        elif not same(own, tensors[key]):
-            problems.append(
-                f"{key.removeprefix(PREFIX)}: a copy of the base's that differs from this model's"
-            )
-    return problems
-
-
-def same(own: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are equal in the coarser of their number formats; on meta, whether they could be."""
-    if own.shape != other.shape:
-        return False
-    if own.is_meta:
-        return True
-    own = own.detach().cpu()
-    return torch.equal(own.to(other.dtype), other) or torch.equal(own, other.to(own.dtype))
-
-
-def why_surplus(model: nn.Module, key: str) -> str:
-    """Why a tensor of the file has no place on this model, in words."""
-    path = key.removeprefix(PREFIX)
-    names = dict(model.named_modules())
-    module = path
-    while "." in module and module not in names:
-        module = module.rpartition(".")[0]
-    number = layer_number(path)
-    layers = [n for name in names if (n := layer_number(name)) is not None]
-    if number is not None and layers and number > max(layers):
-        return f"not in the model, which has {max(layers) + 1} layers"
-    known = any(path.startswith(name + ".") for name in names if name.count(".") >= path.count(".") - 2)
-    return "in the adapter's file, but not in its settings" if known else "not in the model"
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UserError(f"{path.parent} holds no {path.name}")
+    try:
+        return parse(path.read_bytes())
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a whole safetensors file: {error}") from None
 
 
 def read_tensors(folder: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
-    """The tensors of an adapter folder, on the CPU.
+    """The tensors that a folder holds for PEFT, on the CPU.
 
     raises  UserError if there are none, they cannot be read, or only a pickle is there and was not asked for
     """
-    path, pickled = folder / WEIGHTS, folder / PICKLE
-    if path.is_file():
-        try:
-            return parse(path.read_bytes())
-        except SafetensorError as error:
-            raise UserError(f"{path} is not a whole safetensors file: {error}") from None
-    if not pickled.is_file():
-        raise UserError(f"{folder} holds no {WEIGHTS}")
+    pickled = folder / PICKLE
+    if (folder / WEIGHTS).is_file() or not pickled.is_file():
+        return read_safetensors(folder / WEIGHTS)
     if not allow_pickle:
         raise UserError(
             f"{folder} holds only {PICKLE}, a pickle, which can run code when it is read",
@@ -261,34 +261,12 @@ def read_tensors(folder: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
         raise UserError(f"{pickled} cannot be read as weights: {reason}") from None
 
 
-def spec_json(spec: AdapterSpec) -> dict[str, Any]:
-    values = asdict(spec)
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-
-
-def trained_on(folder: Path) -> dict[str, Any]:
-    """How the base was kept that an adapter folder was trained on; empty for a dense one, or if nobody says."""
-    own_spec(folder)  # raises if the file is broken
-    path = folder / OWN
-    return dict(json.loads(path.read_text(encoding="utf-8")).get("trained_on", {})) if path.is_file() else {}
-
-
-def own_spec(folder: Path) -> AdapterSpec | None:
+def own_spec(record: Record | None, folder: Path) -> AdapterSpec | None:
     """The settings in loraloom.json; None for a folder that another tool wrote.
 
-    raises  UserError if the file is broken or newer than this version
+    raises  UserError if the file has settings that this version does not know
     """
-    path = folder / OWN
-    if not path.is_file():
-        return None
     try:
-        own = json.loads(path.read_text(encoding="utf-8"))
-        if own["format"] != 1:
-            raise UserError(
-                f"{path} has format {own['format']}, this version reads 1", hint="update loraloom"
-            )
-        return AdapterSpec(**own["spec"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is broken: {error}", hint="delete it to read the folder as PEFT does"
-        ) from None
+        return AdapterSpec(**record.spec) if record is not None else None
+    except TypeError as error:
+        raise broken(folder / OWN, error) from None

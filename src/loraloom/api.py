@@ -22,6 +22,7 @@ import torch
 
 from . import card, finish
 from . import plan as plans
+from .adapter_files import is_adapter_folder
 from .checkpoint import Progress, clear, discard_diverged, restore, save_best, save_checkpoint
 from .config import RunConfig, flatten, resolve, with_values
 from .data import Examples
@@ -40,7 +41,7 @@ from .small_model import cache_folder
 from .train import train_loop
 from .use import Opened, converse, evaluate, open_target
 from .workload import Measured
-from .workshop import Workshop, build
+from .workshop import Workshop, build, method_of, spec_of
 
 __all__ = ["Opened", "Run", "converse", "evaluate", "merge", "open_target", "plan", "resume", "train"]
 Listener = Callable[[str, Any], None]
@@ -139,7 +140,15 @@ def resume(
             f"{run.path} is still running, as process {state['pid']}",
             hint="wait for it, or stop it with Ctrl-C: it saves its state first",
         )
-    shop = build(run.config, offline=offline, cache=data_cache(), progress=progress)
+    clear(run)
+    latest = run.latest()
+    method = spec_of(run.config).make()
+    if method.needs is not None and latest is None:
+        raise UserError(
+            f"{run.path} stopped before the start that {run.config.method['name']} chose was saved",
+            hint="train a new run with the same settings",
+        )
+    shop = build(run.config, offline=offline, cache=data_cache(), progress=progress, fresh=latest is None)
     if state.get("data_digest") not in (None, shop.data_digest()):
         raise UserError(
             f"the data of {run.path} has changed since it started, so it cannot be continued",
@@ -147,8 +156,6 @@ def resume(
         )
     if not (run.path / "data" / "held-out").is_dir():  # killed before it was kept
         keep_data(shop, run)
-    clear(run)
-    latest = run.latest()
     where = restore(shop, latest[1]) if latest is not None else Progress()
     if where.step == 0:
         where = Progress()  # the first evaluation is made again
@@ -181,10 +188,12 @@ def go(shop: Workshop, run: Run, progress: Progress, listen: Listener) -> Run:
             listen("end", status)
 
     with told(shop, run, progress, end):
+        if progress.step == 0 and method_of(shop).needs is not None:
+            save_checkpoint(shop, run, progress)  # what it saw took time, and is not looked at again
         status = train_loop(shop, run, progress, listen)
         if status == "interrupted":
             raise KeyboardInterrupt
-        if not (run.adapter_path / "adapter_config.json").is_file():
+        if not is_adapter_folder(run.adapter_path):
             save_best(shop, run, progress)
         finish.check_run(shop, run, progress)
     end(status)

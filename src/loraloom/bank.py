@@ -18,12 +18,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .errors import UserError
 from .flow import Flow
 from .kernels.dropout import keyed_dropout, token_key
-from .layers import view
+from .layers import BlockLayer, Layer
 from .methods.base import LowRank, Pair, Site
 
 
@@ -33,6 +33,7 @@ class Segment:
 
     owner_R  (R,) the index of each row's adapter; None if K = 1
     rows     where the columns' outputs belong in the module, if they are not spread already
+    shared   A and B are frozen and used by other layers too
     """
 
     A: Tensor
@@ -41,6 +42,7 @@ class Segment:
     out: Tensor | None = None
     owner_R: Tensor | None = None
     rows: Tensor | None = None
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,9 @@ class Compute:
 class Bank:
     """All adapters on one module, in place of its `forward`; the module and its parameters stay as they are."""
 
-    def __init__(self, module: nn.Module, name: str, flow: Flow, group: str) -> None:
-        self.module, self.name, self.flow = module, name, flow
-        self.layer = view(module, name)
+    def __init__(self, layer: Layer, flow: Flow, group: str) -> None:
+        module = layer.module
+        self.layer, self.module, self.name, self.flow = layer, module, layer.name, flow
         # by adapter; several if q, k, v of one module are adapted apart
         self.sites: dict[str, list[Site]] = {}
         self.held: Compute | None = None
@@ -116,8 +118,8 @@ class Bank:
         """The layer's output with the active adapters' updates: every call of the module comes here."""
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:  # inside backward()
             self.flow.check_recomputation()
-        y = self.base_forward(x, *args, **kwargs)
         compute = self.held or self.build()
+        y = self.base_forward(self.entering(x, compute), *args, **kwargs)
         if compute is None:
             return y
         wx = self.layer.last(y)
@@ -134,13 +136,20 @@ class Bank:
             u = self.with_gain(u, wx, compute.gain)
         return self.layer.unlast(wx + u)
 
+    def entering(self, x: Tensor, compute: Compute | None) -> Tensor:
+        """What the frozen layer reads: x, unless a method gives it something else."""
+        for _, site in compute.others if compute is not None else ():
+            x = site.method.enter(site.layer, x)
+        return x
+
     def low_rank(self, x: Tensor, segment: Segment, wx: Tensor) -> Tensor:
         """The update of one segment, features last, in the dtype of the base's output."""
-        z = self.layer.down(x, segment.A.to(wx.dtype))
+        cast = self.flow.casts if segment.shared else Tensor.to
+        z = self.layer.down(x, cast(segment.A, wx.dtype))
         z = z * (segment.e.to(wx.dtype) if isinstance(segment.e, Tensor) else segment.e)
         if segment.owner_R is not None and self.flow.mask_BMK is not None:
             z = torch.where(self.fit(z)[..., segment.owner_R], z, 0)
-        u = self.layer.up(z, segment.B.to(wx.dtype))
+        u = self.layer.up(z, cast(segment.B, wx.dtype))
         if segment.out is not None:
             u = u * segment.out.to(wx.dtype)
         if segment.rows is not None:
@@ -149,10 +158,7 @@ class Bank:
 
     def apart(self, x: Tensor, k: int, site: Site, wx: Tensor) -> Tensor:
         """The update of a method that is no low-rank pair."""
-        p = {
-            name: tensor.to(wx.dtype) if tensor.is_floating_point() else tensor
-            for name, tensor in site.p.items()
-        }
+        p = {name: self.flow.casts(tensor, wx.dtype) for name, tensor in site.p.items()}
         rows = site.layer.rows
         u = site.method.update(site.layer, p, x, wx if rows is None else wx[..., rows])
         if rows is not None:
@@ -160,13 +166,16 @@ class Bank:
         return u if self.flow.mask_BMK is None else torch.where(self.fit(u)[..., k : k + 1], u, 0)
 
     def with_gain(self, u: Tensor, wx: Tensor, gain: Tensor) -> Tensor:
-        """What is added when the bias-free output is scaled too: (gain - 1) x W^T + gain u."""
+        """What is added when the bias-free output is scaled too: (gain - 1) x W^T + gain u.
+
+        Written so that one product is kept for the backward pass, not two; zero where gain is 1 and u zero.
+        """
         if self.flow.mask_BMK is not None:
             gain = gain[self.fit(u, self.flow.owner()[..., None])[..., 0]]
         gain, bias = gain.to(wx.dtype), self.layer.bias()
         if bias is not None and self.overlay is not None and len(self.flow.active) == 1:
             bias = self.overlay.p.get(self.flow.active[0], {}).get("bias", bias).to(wx.dtype)
-        return (gain - 1) * (wx if bias is None else wx - bias) + gain * u
+        return (gain - 1) * ((wx if bias is None else wx - bias) + u) + u
 
     # ---- tokens -----------------------------------------------------------------------------------------
 
@@ -257,6 +266,27 @@ class Bank:
         return self.layer.like_weight(total).to(dtype or own).contiguous()
 
 
+class BlockBank(Bank):
+    """All adapters on a decoder block's output."""
+
+    def __init__(self, layer: Layer, flow: Flow) -> None:
+        super().__init__(layer, flow, layer.name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's output with the active adapters' updates; what it gives beside hidden states stays."""
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:  # inside backward()
+            self.flow.check_recomputation()
+        output = self.base_forward(*args, **kwargs)
+        compute = self.held or self.build()
+        if compute is None:
+            return output
+        h = output[0] if isinstance(output, tuple) else output
+        assert isinstance(self.layer, BlockLayer)
+        self.layer.ids = self.flow.ids_BT
+        u = sum(self.apart(h, k, site, h) for k, site in compute.others)
+        return (h + u, *output[1:]) if isinstance(output, tuple) else h + u
+
+
 def wide_segment(parts: list[tuple[int, Site, Pair]], many: bool) -> Segment:
     """All rows in one matrix; a single pair is used as it is."""
     if len(parts) == 1 and not many and parts[0][1].layer.rows is None:
@@ -279,7 +309,7 @@ def wide_segment(parts: list[tuple[int, Site, Pair]], many: bool) -> Segment:
 def shared_segment(k: int, site: Site, pair: Pair, many: bool) -> Segment:
     """A frozen pair that other layers use too: never copied, so it stays apart from the wide rows."""
     owner_R = torch.full((len(pair.A),), k, device=pair.A.device) if many else None
-    return Segment(pair.A, pair.B, pair.e, pair.out, owner_R, site.layer.rows)
+    return Segment(pair.A, pair.B, pair.e, pair.out, owner_R, site.layer.rows, shared=True)
 
 
 def scaled(b_OR: Tensor, out: Tensor | None) -> Tensor:

@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from .config import resolve_alpha
+from .adapter_files import is_adapter_folder, is_peft_folder
+from .config import shown_alpha
 from .results import Result, evaluations, result
 from .rundir import Run
 from .wording import MISSING, amount, day, duration, number, percent, plural
@@ -65,7 +66,8 @@ def front_matter(run: Run) -> str:
     """The YAML head."""
     base = hub_base(run)
     head: dict[str, Any] = {"base_model": base, "base_model_relation": "adapter"} if base else {}
-    head |= {"library_name": "peft", "pipeline_tag": "text-generation"}
+    library = "loraloom" if only_ours(run) else "peft"
+    head |= {"library_name": library, "pipeline_tag": "text-generation"}
     head["tags"] = list(dict.fromkeys(["lora", str(run.config.method.get("name", "lora")), "loraloom"]))
     sets = [
         source.path.removeprefix("hf:") for source in run.config.data.train if source.path.startswith("hf:")
@@ -78,9 +80,9 @@ def front_matter(run: Run) -> str:
 def opening(run: Run, outcome: Result) -> str:
     config = run.config
     base = code(hub_base(run) or Path(config.model.id).name)
-    alpha = resolve_alpha(config.alpha, config.r)
+    alpha = shown_alpha(config)
     kind = line(str(config.method.get("name", "lora")))
-    text = f"A low-rank adapter ({kind}, r {config.r}, alpha {alpha:g}) for {base}"
+    text = f"A low-rank adapter ({kind}, r {config.r}, alpha {alpha}) for {base}"
     if outcome.trainable and outcome.total:
         share = percent(outcome.trainable / outcome.total)
         text += f", with {amount(outcome.trainable)} trained of {amount(outcome.total)} weights ({share})"
@@ -96,6 +98,14 @@ def use(run: Run) -> str:
         return ""
     revision = run.config.model.revision
     pinned = f", revision={revision!r}" if revision else ""
+    if only_ours(run):
+        return f"""```python
+import loraloom
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained({base!r}{pinned})
+adapters = loraloom.load_adapter(model, "path/to/adapter")
+```"""
     return f"""```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -103,6 +113,11 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({base!r}{pinned})
 model = PeftModel.from_pretrained(model, "path/to/adapter")
 ```"""
+
+
+def only_ours(run: Run) -> bool:
+    """Whether PEFT cannot load the adapter, having no such method."""
+    return is_adapter_folder(run.adapter_path) and not is_peft_folder(run.adapter_path)
 
 
 def data(run: Run) -> str:
@@ -148,7 +163,7 @@ def settings_table(run: Run) -> str:
     rows: list[list[Any]] = [
         ["method", config.method.get("name", "lora")],
         ["r", config.r],
-        ["alpha", f"{resolve_alpha(config.alpha, config.r):g}"],
+        ["alpha", shown_alpha(config)],
         ["dropout", f"{config.dropout:g}"],
         [Code("target_modules"), modules if isinstance(modules, str) else ", ".join(modules)],
     ]

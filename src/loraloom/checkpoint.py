@@ -138,7 +138,7 @@ def summary(shop: Workshop) -> dict[str, Any]:
                 norms["norm_delta"] = product_norm(pair(site.layer, site.p))
             layers.append(
                 {"name": key, "r": site.method.r, "alpha": site.method.alpha, **norms}
-                | {"norm_W": shop.base_norms[key]}
+                | ({"norm_W": shop.base_norms[key]} if key in shop.base_norms else {})
             )
     return {"layers": layers}
 

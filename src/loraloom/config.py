@@ -178,19 +178,20 @@ class RunConfig(Section):
     method: dict[str, Any] = Field(
         {"name": "lora"}, description="a name, such as rslora, or {name: ..., and the method's own options}"
     )
-    r: Positive = Field(16, description="the rank")
+    r: Positive | Auto = Field("auto", description="the rank; auto: the method's own default, 16 for LoRA")
     alpha: Annotated[float, Field(gt=0)] | str = Field(
-        "2r", description="the scale's numerator: a number, or 2r"
+        "auto", description="the scale's numerator: a number, or 2r; auto: the method's own, 2r for LoRA"
     )
     dropout: Fraction = Field(0.0, description="on the adapter's input")
     target_modules: list[str] | str = Field(
-        "all-linear",
-        description="all-linear; a regular expression that matches whole names; or a list of names, suffixes and "
-        "roles (q, k, v, o, mlp, head, embed)",
+        "auto",
+        description="auto: all-linear, or where the method goes by itself; all-linear; a regular expression that "
+        "matches whole names; or a list of names, suffixes and "
+        "roles (q, k, v, o, mlp, down, head, embed)",
     )
     layers: str | None = Field(None, description="only these layers, such as 0-11,20; the first is 0")
-    rank_pattern: dict[str, Positive] = Field(
-        {}, description="r for the layers whose name matches the pattern"
+    rank_pattern: dict[str, Annotated[int, Field(ge=0)]] = Field(
+        {}, description="r for the layers whose name matches the pattern; 0 leaves them out"
     )
     alpha_pattern: dict[str, float] = Field(
         {}, description="alpha for the layers whose name matches the pattern"
@@ -210,7 +211,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def alpha_is_a_number_or_multiple(self) -> RunConfig:
-        resolve_alpha(self.alpha, self.r)
+        if self.alpha != "auto":
+            resolve_alpha(self.alpha, 1 if self.r == "auto" else self.r)
         return self
 
 
@@ -230,6 +232,13 @@ def resolve_alpha(alpha: float | str, r: int) -> float:
             raise ValueError(f"alpha is {alpha!r}: use a number or a multiple of the rank, such as 2r")
         return number * (r if match[2] else 1)
     return float(alpha)
+
+
+def shown_alpha(config: RunConfig) -> str:
+    """alpha in words: a number, once the run has decided r."""
+    if config.alpha == "auto" or config.r == "auto":
+        return str(config.alpha)
+    return f"{resolve_alpha(config.alpha, config.r):g}"
 
 
 def resolve(

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from .config import resolve_alpha
+from .config import shown_alpha
 from .errors import UserError
 from .wording import percent
 
@@ -109,7 +109,7 @@ def facts(shop: Any) -> list[tuple[str, str]]:
         ),
         (
             "method",
-            f"{config.method['name']}  r {config.r}  alpha {resolve_alpha(config.alpha, config.r):g}  {layers} layers, "
+            f"{config.method['name']}  r {config.r}  alpha {shown_alpha(config)}  {layers} layers, "
             f"{trainable:,} of {total:,} weights ({trainable / total:.2%})",
         ),
         (

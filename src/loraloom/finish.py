@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from safetensors.torch import load as parse
 
-from .adapter_io import WEIGHTS, file_tensors
+from .adapter_io import folder_tensors, read_safetensors
 from .checkpoint import Progress
 from .rundir import Run
 from .workshop import Workshop
@@ -63,12 +62,16 @@ def check_stops(run: Run) -> None:
 
 def check_file(shop: Workshop, run: Run, progress: Progress) -> None:
     """Whether the adapter's file holds finite numbers, and just those in memory if they are the best ones."""
-    tensors = parse((run.adapter_path / WEIGHTS).read_bytes())
-    finite = all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+    now = folder_tensors(shop.adapters, next(iter(shop.adapters.adapters)))
+    held = {file: read_safetensors(run.adapter_path / file) for file in now}
+    finite = all(bool(tensor.isfinite().all()) for part in held.values() for tensor in part.values())
     same = True
     if progress.best_step in (None, progress.step):
-        now = file_tensors(shop.adapters, next(iter(shop.adapters.adapters.values())))
-        same = now.keys() == tensors.keys() and all(torch.equal(now[key], tensors[key]) for key in now)
-    run.add_check(
-        "adapter reads back", finite and same, f"{len(tensors)} tensors, finite, equal to those in memory"
-    )
+        same = all(alike(now[file], held[file]) for file in now)
+    count = sum(map(len, held.values()))
+    run.add_check("adapter reads back", finite and same, f"{count} tensors, finite, equal to those in memory")
+
+
+def alike(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Whether two sets of named tensors are the same, bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)

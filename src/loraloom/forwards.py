@@ -12,10 +12,11 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .bank import Bank
+from .bank import Bank, BlockBank
 from .flow import Flow
+from .layers import BlockLayer, Layer, view
 from .overlay import Overlay
-from .targets import input_group
+from .targets import Target, hidden_width, input_group, vocabulary
 
 
 class Forwards:
@@ -28,10 +29,16 @@ class Forwards:
         self._own: dict[str, Any] = {}  # instance forwards that stood there before ours, or None
         self._slow: list[RemovableHandle] = []
 
-    def bank(self, name: str) -> Bank:
-        """The bank of a module, put in place if it is new."""
+    def bank(self, target: Target) -> Bank:
+        """The bank of a target's module, put in place if it is new."""
+        name = target.name
         if name not in self.banks:
-            self.banks[name] = Bank(self.model.get_submodule(name), name, self.flow, input_group(name))
+            module = self.model.get_submodule(name)
+            if target.block:
+                layer: Layer = BlockLayer(module, name, hidden_width(self.model), vocabulary(self.model))
+                self.banks[name] = BlockBank(layer, self.flow)
+            else:
+                self.banks[name] = Bank(view(module, name), self.flow, input_group(name))
             self.lay([name])
             self._no_shortcuts()
         return self.banks[name]
@@ -50,6 +57,10 @@ class Forwards:
             bank.sites.pop(adapter, None)
         for overlay in self.overlays.values():
             overlay.p.pop(adapter, None)
+        self.drop_bare()
+
+    def drop_bare(self) -> None:
+        """Take away the banks and overlays that carry no adapter."""
         bare = [name for name, bank in self.banks.items() if not bank.sites]
         plain = [name for name, overlay in self.overlays.items() if not overlay.p]
         for name in bare:

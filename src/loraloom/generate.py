@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .dressing import dress_prompts
 from .errors import UserError
 from .nll import evaluating
 
@@ -66,6 +67,8 @@ def generate(
     """
     if names is not None and (adapters is None or len(names) != len(prompts)):
         raise ValueError("names needs adapters, and one name for each prompt")
+    if names is None:
+        prompts = dress_prompts(model, prompts)
     room = allowances(prompts, max_new_tokens, context_length(model))
     answers: dict[int, Answer] = {}
     with evaluating(model), own_settings(model), contiguous_head(model):
@@ -78,9 +81,10 @@ def generate(
                 sampler = Sampler(members, room[members[0]], temperature=temperature, top_p=top_p, seed=seed)
             stream = Stream(members, set(stop_ids), on_token) if on_token else None
             with routed:
+                asked = [prompts[i] for i in members]
                 new_BN = extend(
                     model,
-                    [prompts[i] for i in members],
+                    asked if names is None else dress_prompts(model, asked),
                     num_new=room[members[0]],
                     stop_ids=list(stop_ids),
                     pad_id=pad_id,

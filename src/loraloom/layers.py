@@ -8,6 +8,7 @@ shapes  O out, I in, R rank; x and y as the module takes and gives them; z is (.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import UserError
-from .quant import dense
+from .quant import Weight4, dense, pieces
 
 
 class Layer:
@@ -26,10 +27,13 @@ class Layer:
 
     def __init__(self, module: nn.Module, name: str, rows: Tensor | None = None) -> None:
         self.module, self.name, self.rows = module, name, rows
+        self.key = name  # with the role behind it, where a projection's rows are adapted apart
         layout = torch.empty(self._tensor("weight").shape, device="meta")
         whole_O, self.in_features = self.matrix(layout).shape
         self.whole_features = whole_O  # of the module
         self.out_features = whole_O if rows is None else len(rows)  # of this view
+        # of W's rows: the memory that W was in, its stamp, the sums
+        self._squares: tuple[weakref.ref[Any], Any, Tensor] | None = None
 
     def _tensor(self, name: str) -> Tensor:
         tensor = getattr(self.module, name)
@@ -60,6 +64,38 @@ class Layer:
         if not isinstance(bias, Tensor):
             return None
         return bias.detach() if self.rows is None else bias.detach()[self.rows]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer's weights are."""
+        return next(self.module.parameters()).device
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """x as rows of W's inputs, (..., I): what x W^T is taken of."""
+        return x
+
+    def times(self, a_RI: Tensor) -> Tensor:
+        """W A^T, (O, R), in A's dtype, without a dense copy of W: what to use where W is not needed itself."""
+        w_OI = self.matrix(self._tensor("weight").detach())
+        a_RI = a_RI.to(w_OI.device)
+        wa_OR = a_RI.new_zeros(self.whole_features, len(a_RI))
+        for rows, columns, part in pieces(w_OI, a_RI.dtype):
+            wa_OR[rows].addmm_(part, a_RI[:, columns].T)  # in place: autocast leaves it alone
+        return wa_OR if self.rows is None else wa_OR[self.rows]
+
+    def squares(self, dtype: torch.dtype) -> Tensor:
+        """The sum of squares of each row of W, (O,); kept, and taken anew if the module's weight is another."""
+        weight = self._tensor("weight").detach()
+        held = weight.codes.packed if isinstance(weight, Weight4) else weight
+        memory, stamp = held.untyped_storage(), (dtype, held.dtype, held._version)
+        if self._squares is None or self._squares[0]() is not memory or self._squares[1] != stamp:
+            w_OI = self.matrix(weight)
+            sum_O = torch.zeros(self.whole_features, dtype=dtype, device=weight.device)
+            for rows, _, part in pieces(w_OI, dtype):
+                sum_O[rows] += part.square().sum(1)
+            own_O = sum_O if self.rows is None else sum_O[self.rows]
+            self._squares = weakref.ref(memory), stamp, own_O
+        return self._squares[2]
 
     def down(self, x: Tensor, a_RI: Tensor) -> Tensor:
         """x A^T, (..., R)."""
@@ -136,11 +172,45 @@ class Conv2dLayer(Layer):
             x, padding = F.pad(x, m._reversed_padding_repeated_twice, mode=m.padding_mode), 0
         return self.last(F.conv2d(x, kernel, None, m.stride, padding, m.dilation))
 
+    def inputs(self, x: Tensor) -> Tensor:
+        m = self.module
+        assert isinstance(m, nn.Conv2d)
+        mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
+        images = F.pad(x if x.dim() == 4 else x[None], m._reversed_padding_repeated_twice, mode=mode)
+        windows = F.unfold(images, m.kernel_size, m.dilation, 0, m.stride).mT  # (N, places, I)
+        return windows.flatten(0, 1)
+
     def last(self, y: Tensor) -> Tensor:
         return y.movedim(-3, -1)
 
     def unlast(self, y: Tensor) -> Tensor:
         return y.movedim(-1, -3)
+
+
+class BlockLayer(Layer):
+    """A decoder block seen from outside: its output, the hidden states (..., D), and no weight of its own.
+
+    ids    the token ids of the pass that runs, (B, T); None where the model is not called with ids
+    vocab  rows of the model's own table of tokens
+    """
+
+    ids: Tensor | None = None
+
+    def __init__(self, module: nn.Module, name: str, width: int, vocab: int) -> None:
+        self.vocab = vocab
+        self.module, self.name, self.rows, self.key = module, name, None, name
+        self.in_features = self.out_features = self.whole_features = width
+
+    def bias(self) -> Tensor | None:
+        return None
+
+    def ids_of_pass(self) -> Tensor:
+        """raises  UserError if the model is not called with token ids"""
+        if self.ids is None:
+            raise UserError("an adapter here needs the token ids: call the model with input_ids")
+        return self.ids
+
+    takes_dropout = False
 
 
 def kind_of(module: nn.Module) -> type[Layer] | None:

@@ -36,9 +36,9 @@ from .packing import Batch
 from .quant import Weight4, stored_bytes
 from .sdpa import Kernel, fused_attention
 from .skeleton import decoder_layers, meta_model, num_layers, text_config
+from .step import train_step
 from .targets import layer_number
 from .trace import BACKWARD, Shapes, Tape, in_backward
-from .train import train_step
 from .workshop import checkpoint_layers, spec_of
 
 # What torch takes beside tensors: a workspace of cuBLAS for each of two threads, forward and backward.
@@ -217,7 +217,7 @@ def build(config: RunConfig, shape: Any, layers: int) -> Rig:
         )
     adapters = Adapters(model)
     with torch.device("meta"), Shapes():
-        adapter = adapters.add("default", spec_of(config))
+        adapter = adapters.add("default", spec_of(config), blank=True)
     RECOMPUTE[tier(config)](model)
     adapters.train()
     return Rig(model, adapters, adapter, StandIn(adapters.groups(1.0), config.train))

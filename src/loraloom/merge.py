@@ -24,19 +24,21 @@ from torch import Tensor, nn
 
 from . import files
 from .adapt import Adapters
-from .adapter_io import load_adapter, read_tensors, same
+from .adapter_files import is_peft_folder
+from .adapter_fill import same
+from .adapter_io import load_adapter, read_tensors
 from .bank import Bank
 from .disk_names import Names, tied_names
 from .errors import NonFinite, UserError
 from .incoming import Incoming
 from .layers import Conv1DLayer, kind_of
 from .merge_table import LayerError, Merged, measure
-from .methods.base import NotMergeable
 from .model import CLASSES, check_folder, check_report, load_tokenizer, name_of, read_weights
 from .on_load import Arrival
-from .peft_format import PREFIX, base_copy
+from .peft_tensors import PREFIX, base_copy
 from .pretrained import write_generation, write_tokenizer
 from .quant import Weight4, dense
+from .refusals import refuse_merging
 from .shards import ShardWriter
 from .skeleton import meta_model, read_shape
 
@@ -76,7 +78,8 @@ def merge_shards(recipe: Recipe, out: Path, *, progress: bool = False) -> Merged
     adapters = load_adapter(
         Adapters(skeleton, device=recipe.device), recipe.adapter, allow_pickle=recipe.allow_pickle
     )
-    refuse_per_token(adapters)
+    for name in adapters.active:
+        refuse_merging(adapters.adapters[name].method)
     with files.whole_folder(out) as partial:
         merger = Merger(recipe, adapters, ShardWriter(partial))
         given = {"dtype": recipe.read, "attn_implementation": "eager"}
@@ -86,13 +89,6 @@ def merge_shards(recipe: Recipe, out: Path, *, progress: bool = False) -> Merged
         write_tokenizer(tokenizer, partial)
     name = name_of(recipe.dtype)
     return Merged(str(out), name, recipe.base, merger.layers, sorted(merger.replaced), merger.untied, notes)
-
-
-def refuse_per_token(adapters: Adapters) -> None:
-    """raises  NotMergeable for an adapter that is no change of W"""
-    for name in adapters.active:
-        if adapters.adapters[name].method.per_token:
-            raise NotMergeable("the adapter touches only some tokens, so it cannot be merged")
 
 
 def write_settings(model: Any, folder: Path, dtype: torch.dtype, *, untied: bool) -> None:
@@ -237,7 +233,9 @@ class Merger:
 def copies_of_base(adapters: Adapters, recipe: Recipe) -> dict[str, Tensor]:
     """Weights of the base that the adapter's file repeats: they must be those of this base."""
     trained = {name for active in adapters.active for name, _ in adapters.overlaid(active)}
-    found = {}
+    found: dict[str, Tensor] = {}
+    if not is_peft_folder(recipe.adapter):  # PEFT alone writes such copies
+        return found
     for key, tensor in read_tensors(recipe.adapter, allow_pickle=recipe.allow_pickle).items():
         name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
         if base_copy(adapters.model, key) is not None and name not in trained:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from .adapter_files import about_base, is_adapter_folder
 from .errors import UserError
 
 Kind = Literal["safetensors", "bin", "gguf", "none"]
@@ -117,8 +118,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         if not isinstance(config, dict) or not config.get("model_type"):
             raise UserError(f"{path} has no model_type; it is no transformers model")
         return config
-    if (folder / "adapter_config.json").is_file():
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if is_adapter_folder(folder):
+        base = about_base(folder).get("base_model_name_or_path")
         raise UserError(
             f"{folder} is an adapter, not a model",
             hint=f"its base is {base!r}: give that as the model, and this folder as the adapter",

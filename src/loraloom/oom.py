@@ -37,7 +37,7 @@ def candidates(config: RunConfig, micro_tokens: int) -> Iterator[dict[str, Any]]
         yield {"model.quantize": "nf4"}
     if config.train.optimizer == "adamw":
         yield {"train.optimizer": "adamw8bit"}
-    if config.r > 8:
+    if config.r != "auto" and config.r > 8:
         yield {"r": config.r // 2}
 
 

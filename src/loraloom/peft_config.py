@@ -1,90 +1,152 @@
-"""adapter_config.json as PEFT writes it, in our settings; what we cannot honour is refused by name."""
+"""adapter_config.json as PEFT writes it, in our settings; what we cannot honour is refused by name.
+
+Which method a folder means is asked of the methods themselves: those of its peft_type, the plainest one last.
+"""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from . import methods
 from .adapter import AdapterSpec
+from .adapter_files import CONFIG
 from .errors import UserError
 from .layers import is_linear, kind_of
+from .methods.base import Method
+from .peft_types import BASE_CHANGING, TYPES, PeftType
 from .targets import output_head
 
-CONFIG = "adapter_config.json"
-
-# Settings that change what the adapter computes, and the values under which they do not.
-UNREAD: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False, None),
-    "use_qalora": (False, None),
-    "use_bdlora": (False, None),
-    "lora_bias": (False, None),
-    "layer_replication": (None,),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None,),
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    "monteclora_config": (None,),
-    "velora_config": (None,),
-    "ensure_weight_tying": (False, None),
-}
-# Inits that change the base's weights, so that the adapter means nothing on the base as published.
-BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+INIT = "init_lora_weights"
+CHANGED = ": it changed the base's weights"
+COMMON = {item.name for item in fields(Method)}  # what an AdapterSpec has itself: r, alpha, dropout
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json of a folder.
+def type_of(config: Mapping[str, Any], folder: Path) -> PeftType:
+    """PEFT's type of a folder.
 
-    raises  UserError if there is none, or it is no LoRA that we can honour
+    raises  UserError if no method here has it, or a setting is on that none can honour
     """
-    path = folder / CONFIG
-    if not path.is_file():
-        what = "is not a folder" if not folder.is_dir() else f"has no {CONFIG}: it is no adapter"
-        raise UserError(f"{folder} {what}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is a {type(config).__name__}, not an object with settings")
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise UserError(f"{folder} is a {kind} adapter, which cannot be read yet", hint="LORA can")
-    set_ = [
-        f"{key} = {config[key]}" for key, off in UNREAD.items() if key in config and config[key] not in off
-    ]
-    init = str(config.get("init_lora_weights", True)).lower()
-    if init.startswith(BASE_CHANGING):
-        set_.append(f"init_lora_weights = {init}: it changed the base's weights")
-    if set_:
-        raise UserError(f"{folder} uses what cannot be honoured", details=set_)
-    return config
+    name = str(config.get("peft_type"))
+    known = {kind.peft_type for kind in map(methods.find, methods.names())} & TYPES.keys()
+    if name not in known:
+        raise UserError(
+            f"{folder} is a {name} adapter, which cannot be read",
+            hint=f"{', '.join(sorted(map(str, known)))} can",
+        )
+    kind = TYPES[name]
+    if unread := [key for key, off in kind.unread.items() if key in config and config[key] not in off]:
+        raise unhonoured(folder, config, unread)
+    return kind
+
+
+def unhonoured(folder: Path, config: Mapping[str, Any], keys: list[str]) -> UserError:
+    details = [f"{key} = {config[key]}" + (CHANGED if key == INIT else "") for key in keys]
+    return UserError(f"{folder} uses what cannot be honoured", details=details)
+
+
+def method_of(config: Mapping[str, Any], folder: Path) -> tuple[str, dict[str, Any]]:
+    """The method that a folder of PEFT's means, and the method's own settings.
+
+    A method is meant if it answers, and looks at every setting that makes the folder another method's: its answer
+    is another one without it.
+
+    raises  UserError with the settings that nobody takes
+    """
+    kind = type_of(config, folder)
+    special = special_settings(config, kind)
+    looked_at: set[str] = set()
+    for name, method in asked(config["peft_type"]):
+        answer = method.from_peft(config)
+        if answer is None:
+            continue
+        own = {key for key in special if method.from_peft(without(config, key)) != answer}
+        if own == set(special):
+            return name, answer
+        looked_at |= own
+    wrong = [key for key in special if key not in looked_at] or special or reasons(config)
+    raise unhonoured(folder, config, wrong)
+
+
+def special_settings(config: Mapping[str, Any], kind: PeftType) -> list[str]:
+    """The settings that make a folder another method's than the plainest of its type."""
+    found = [key for key, off in kind.special.items() if key in config and config[key] not in off]
+    changing = str(config.get(INIT, True)).lower().startswith(BASE_CHANGING)
+    return found + [INIT] * changing
+
+
+def asked(peft_type: str) -> list[tuple[str, type[Method]]]:
+    """The methods of a type that speak for themselves, those that build on others first."""
+    kinds = [(name, methods.find(name)) for name in methods.names()]
+    own = [(name, kind) for name, kind in kinds if kind.peft_type == peft_type and "from_peft" in vars(kind)]
+    return sorted(own, key=lambda item: -len(item[1].__mro__))
+
+
+def without(config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {other: value for other, value in config.items() if other != key}
+
+
+def reasons(config: Mapping[str, Any]) -> list[str]:
+    """The settings each of which alone keeps every method of the type from answering."""
+    kinds = [kind for _, kind in asked(config["peft_type"])]
+    found = [key for key in config if any(k.from_peft(without(config, key)) is not None for k in kinds)]
+    return found or ["peft_type"]
 
 
 def spec_of(model: nn.Module, config: Mapping[str, Any], folder: Path) -> AdapterSpec:
     """Our settings for an adapter that PEFT wrote."""
+    kind = type_of(config, folder)
+    method, answer = method_of(config, folder)
     targets = peft_targets(model, config)
     if not targets:
         raise UserError(
             f"adapter {folder} does not fit {type(model).__name__}: "
             f"target_modules {config.get('target_modules')} match none of its layers"
         )
+    refuse_layers(model, config, targets, folder)
+    patterns: dict[str, Any] = {
+        setting: present(config.get(setting), targets) if setting in kind.patterns else {}
+        for setting in ("rank_pattern", "alpha_pattern")
+    }
+    common: dict[str, Any] = {"r": config.get(kind.r, kind.rank)}
+    common |= {"alpha": config.get(kind.alpha, 8)} if kind.alpha else {}
+    common |= {"dropout": config.get(kind.dropout, 0.0)} if kind.dropout else {}
+    common |= {key: value for key, value in answer.items() if key in COMMON}
     return AdapterSpec(
-        method="rslora" if config.get("use_rslora") else "lora",
-        r=config.get("r", 8),
-        alpha=config.get("lora_alpha", 8),
-        dropout=config.get("lora_dropout", 0.0),
+        method=method,
+        options={key: value for key, value in answer.items() if key not in COMMON},
         target_modules=targets,
-        rank_pattern=present(config.get("rank_pattern"), targets),
-        alpha_pattern=present(config.get("alpha_pattern"), targets),
-        bias=config.get("bias", "none"),
+        bias=our_bias(config, kind),
         modules_to_save=saved_modules(model, config),
+        **common,
+        **patterns,
     )
+
+
+def refuse_layers(model: nn.Module, config: Mapping[str, Any], targets: list[str], folder: Path) -> None:
+    """
+    raises  UserError for a layer on which PEFT leaves a setting unheeded: aLoRA's on a table
+    """
+    kind = type_of(config, folder)
+    kinds = kind.layers(config)
+    others = [name for name in targets if kind_of(model.get_submodule(name)) not in kinds]
+    if others and kinds != kind.kinds:
+        keys = [key for key in kind.narrow if config.get(key) not in kind.special[key]]
+        raise UserError(
+            f"{folder} uses what cannot be honoured",
+            details=[f"{', '.join(keys)}: PEFT does not heed it on {name}" for name in others[:10]],
+        )
+
+
+def our_bias(config: Mapping[str, Any], kind: PeftType) -> str:
+    """Which biases train, in our word for it."""
+    bias = str(config.get("bias", "none"))
+    return "lora_only" if kind.bias is not None and bias == kind.bias else bias
 
 
 def saved_modules(model: nn.Module, config: Mapping[str, Any]) -> list[str]:

@@ -30,7 +30,7 @@ from .shapes import published
 from .skeleton import num_layers, read_shape, text_config
 from .small_model import NAME, cache_folder
 from .workload import Measured, Workload, assumed
-from .workshop import DEFAULT_BATCH, UNLIMITED
+from .workshop import DEFAULT_BATCH, UNLIMITED, method_defaults
 
 NO_DATA = "none"
 MICRO_TOKENS = 8192  # of a pass on a GPU, if the settings leave it open
@@ -115,6 +115,7 @@ def plan(
 
     raises  UserError for settings that do not fit the model; or `fit` where nothing fits
     """
+    config = with_values(config, method_defaults(config))
     folder = None if shape else folder_of(config, offline=offline)
     about = published(shape) if shape else read_shape(folder)  # type: ignore[arg-type]
     config = config if folder is None else as_in_files(config, folder)

@@ -23,8 +23,10 @@ from torch import Tensor, nn
 
 from .kernels.matmul_frozen import matmul_frozen
 from .kernels.quant4 import Scales8, dequantize4, quantize4, quantize_scales
+from .kernels.scales8 import dequantize_part
 
 WIDE = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels write
+PIECE = 2**22  # weights in a piece of a matrix that must not be dense as a whole: 16 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,22 @@ class Codes:
             out=held,
         )
         return w_OI.to(dtype)
+
+    def lines(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Rows of one matrix, dense: nothing is decoded but the blocks that they lie in."""
+        length = self.shape[1]
+        first, last = start * length // self.block, -(-stop * length // self.block)
+        low, high = first * self.block, min(last * self.block, self.numel)
+        held = self.scales
+        w_N = dequantize4(
+            self.packed[low // 2 : -(-high // 2)],
+            held[first:last] if isinstance(held, Tensor) else dequantize_part(held, first, last),
+            table=self.table,
+            shape=(high - low,),
+            block=self.block,
+            dtype=dtype if dtype in WIDE else torch.float32,
+        )
+        return w_N[start * length - low : stop * length - low].view(-1, length).to(dtype)
 
 
 def encode(w: Tensor, *, table: str = "nf4", block: int = 64, double: bool = True) -> Codes:
@@ -275,6 +293,25 @@ def dense(w: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return w.detach() if dtype is None else w.detach().to(dtype)
     m = w.codes.decode(dtype or w.dtype)
     return m.transpose(-1, -2) if w.flipped else m
+
+
+def pieces(w: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tensor]]:
+    """A frozen matrix part by part, so that it is never dense, or in `dtype`, as a whole.
+
+    Yields (rows, columns, the numbers there). A part is some whole lines of memory, at most PIECE weights: rows
+    of w, or columns where w is the transpose of what is stored.
+    """
+    w = w.detach()
+    turned = w.flipped if isinstance(w, Weight4) else w.stride(0) < w.stride(1)
+    count, length = (w.shape[1], w.shape[0]) if turned else (w.shape[0], w.shape[1])
+    step = max(1, PIECE // length)
+    for start in range(0, count, step):
+        lines = slice(start, min(start + step, count))
+        if isinstance(w, Weight4):
+            part = w.codes.lines(lines.start, lines.stop, dtype)
+        else:
+            part = (w.T if turned else w)[lines].to(dtype)
+        yield (slice(None), lines, part.T) if turned else (lines, slice(None), part)
 
 
 def stored_bytes(w: Tensor) -> int:

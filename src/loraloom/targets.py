@@ -1,5 +1,6 @@
 """Which layers an adapter sits on: names, suffixes, roles, regular expressions, layer ranges.
 
+auto                       where the method goes by itself: all-linear for LoRA and its like
 all-linear                 every linear layer but the output head
 [q_proj, v_proj]           modules of that name, or whose name ends so
 [q, v]                     roles: separate layers, or the rows of q and v in a fused projection
@@ -11,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -31,19 +33,23 @@ ROLES: dict[str, tuple[str, ...]] = {
         *("dense_h_to_4h", "dense_4h_to_h", "fc1", "fc2", "fc_in", "fc_out"),
         *("intermediate.dense", "output.dense", "lin1", "lin2"),
     ),
+    "down": (),  # the last layer of an mlp
     "head": (),  # known by identity
     "embed": (),
 }
+DOWN = ("down_proj", "mlp.c_proj", "dense_4h_to_h", "fc2", "fc_out", "output.dense", "lin2")
+BLOCKS = ("blocks", "inner-blocks")  # every decoder block's output; but the last one's
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
 
 
 @dataclass(frozen=True)
 class Target:
-    """One place for an adapter: a module, or the rows of one role in it."""
+    """One place for an adapter: a module, the rows of one role in it, or a whole decoder block's output."""
 
     name: str
     role: str | None = None
     rows: Tensor | None = None
+    block: bool = False
 
     @property
     def key(self) -> str:
@@ -84,7 +90,7 @@ def select(
     chosen = [target for target in unique.values() if target.role is None or target.name not in whole]
     if layers is not None:
         chosen = in_layers(chosen, layers, modules)
-    order = {name: place for place, name in enumerate(modules)}
+    order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     return sorted(chosen, key=lambda target: (order[target.name], "qkv".find(target.role or "")))
 
 
@@ -117,6 +123,11 @@ def by_entry(model: nn.Module, modules: dict[str, nn.Module], entry: str) -> lis
     head = output_head(model)
     if entry == "all-linear":
         found = [Target(name) for name, module in modules.items() if is_linear(module) and module is not head]
+    elif entry in BLOCKS:
+        found = [Target(name, block=True) for name in block_names(model)]
+        found = found[:-1] if entry == "inner-blocks" else found
+        if entry == "inner-blocks" and not found:
+            return []  # a model of one block has none
     else:
         found = [Target(name) for name in modules if name == entry or name.endswith("." + entry)]
         if not found and entry in ROLES:
@@ -131,6 +142,8 @@ def by_role(model: nn.Module, modules: dict[str, nn.Module], role: str) -> list[
     if role in ("head", "embed"):
         wanted = output_head(model) if role == "head" else input_embedding(model)
         return [Target(name) for name, module in modules.items() if module is wanted]
+    if role == "down":
+        return [Target(n) for n in modules if plays(n, "mlp") and any(ends(n, end) for end in DOWN)]
     found = [Target(name) for name in modules if plays(name, role)]
     if found or role not in ("q", "k", "v"):
         return found
@@ -231,6 +244,38 @@ def input_group(name: str) -> str:
         if leaf in group:
             return f"{parent}.{group[0]}"
     return name
+
+
+def block_names(model: nn.Module) -> list[str]:
+    """The names of the decoder's (or encoder's) blocks, in order: the longest list of modules of one kind."""
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len({type(part) for part in module}) == 1
+    ]
+    if not lists:
+        return []
+    name, found = max(lists, key=lambda one: (len(one[1]), -one[0].count(".")))
+    return [f"{name}.{number}" for number in range(len(found))]
+
+
+def hidden_width(model: nn.Module) -> int:
+    """D, the size of a hidden state.
+
+    raises  UserError for a model whose configuration does not say it
+    """
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    width = getattr(config, "hidden_size", None)
+    if not isinstance(width, int):
+        raise UserError(f"{type(model).__name__} does not say how wide its hidden states are")
+    return width
+
+
+def vocabulary(model: nn.Module) -> int:
+    """Rows of the table of tokens; 0 for a model without one."""
+    table = input_embedding(model)
+    return table.num_embeddings if isinstance(table, nn.Embedding) else 0
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

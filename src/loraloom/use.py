@@ -14,7 +14,8 @@ from typing import Any
 
 from . import hub
 from .adapt import Adapters
-from .adapter_io import load_adapter, trained_on
+from .adapter_files import about_base, is_adapter_folder, trained_on
+from .adapter_io import load_adapter
 from .config import DataConfig, ModelConfig, Source
 from .conversation import Conversation
 from .data import Examples, Style, prepare, render_prompt, resolve_style
@@ -25,7 +26,6 @@ from .files import write_json
 from .generate import context_length
 from .model import Loaded, load_model
 from .model_files import stored_format
-from .peft_config import CONFIG, read_config
 from .rundir import STATE, Run, find_runs
 from .workshop import UNLIMITED
 
@@ -111,14 +111,14 @@ def find_target(target: Path | str, *, model: str | None = None) -> Found:
     if (path / STATE).is_file():
         run = Run.open(path)
         adapter = run.adapter_path
-        if not (adapter / CONFIG).is_file():
+        if not is_adapter_folder(adapter):
             raise UserError(
                 f"{path} has no adapter yet ({run.state.get('status')})", hint=f"loraloom resume {path}"
             )
         config = run.config.model.model_copy(update={"id": model, "revision": None} if model else {})
         return Found(str(path), config, adapter, run, run.env.get("dtype"), tuple(run.config.modules_to_save))
-    if (path / CONFIG).is_file():
-        about = read_config(path)
+    if is_adapter_folder(path):
+        about = about_base(path)
         base = model or about.get("base_model_name_or_path")
         if not base:
             raise UserError(f"{path} does not name its base model", hint="name it: --model ID_OR_FOLDER")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from .config import RunConfig, resolve_alpha
+from .config import RunConfig, shown_alpha
 from .results import Result
 from .rundir import Run
 from .wording import amount, duration, number, percent, plural, size
@@ -68,7 +68,7 @@ def trained(run: Run, outcome: Result) -> str:
 def method(config: RunConfig) -> str:
     """The method with its rank and scale, such as lora, r 16, alpha 32."""
     return (
-        f"{config.method.get('name', 'lora')}, r {config.r}, alpha {resolve_alpha(config.alpha, config.r):g}"
+        f"{config.method.get('name', 'lora')}, r {config.r}, alpha {shown_alpha(config)}"
     )
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,14 @@ from .errors import DataError, UserError
 from .files import digest
 from .generate import context_length
 from .kernels.twin import path_of
+from .layers import BlockLayer
+from .methods.base import Method
 from .model import Loaded, load_model
 from .nll import honours_boundaries
 from .optim import make_optimizer
-from .packing import StepPlan
+from .originals import read_originals
+from .packing import StepPlan, pack
+from .prepare import prepare as prepare_method
 
 DEFAULT_BATCH = 16  # examples a step, if neither batch_size nor batch_tokens is set
 UNLIMITED = 1 << 20  # tokens, for a model that names no limit
@@ -101,7 +106,11 @@ class Workshop:
     def base_norms(self) -> dict[str, float]:
         """||W|| of each adapted layer by its key: the base is frozen, so once is enough."""
         adapter = next(iter(self.adapters.adapters.values()))
-        return {key: float(site.layer.weight().float().norm()) for key, site in adapter.sites.items()}
+        return {
+            key: float(site.layer.weight().float().norm())
+            for key, site in adapter.sites.items()
+            if not isinstance(site.layer, BlockLayer)
+        }
 
     def data_digest(self) -> str:
         """Of every token and label, trained on or held out: a resumed run must see the same."""
@@ -118,15 +127,17 @@ def build(
     cache: Path | None = None,
     progress: bool = True,
     fit: Fit | None = None,
+    fresh: bool = True,
 ) -> Workshop:
     """Load, read, attach and plan.
 
-    fit  chooses the tokens of a pass where train.micro_tokens=fit
+    fit    chooses the tokens of a pass where train.micro_tokens=fit
+    fresh  whether training starts here, so that a method sees what it must first; else a checkpoint follows
 
     raises  UserError, DataError: whatever of the settings, the data or the model does not fit
     """
     check_sources(config.data)  # a wrong path or method is said before a large model is loaded
-    spec_of(config).make()
+    kind = type(spec_of(config).make())
     loaded = load_model(config.model, keep=config.modules_to_save, offline=offline, progress=progress)
     prepared = prepare(
         config.data,
@@ -140,14 +151,11 @@ def build(
         raise DataError("no token of the training set carries loss", hint="look at `loraloom data`")
     if config.data.packing:
         refuse_leaks(loaded)
+    written = as_ids(config, kind, loaded.tokenizer)
+    config = with_values(config, written)
     adapters = Adapters(loaded.model)
-    adapter = adapters.add("default", spec_of(config))
-    if config.bias != "none" and not any(name.endswith("bias") for name, _ in adapters.overlaid("default")):
-        raise UserError(
-            f"bias is {config.bias}, and there is no bias to train in this {type(loaded.model).__name__}",
-            hint="--set bias=none",
-        )
-    adapters.train()
+    adapter = adapters.add("default", spec_of(config), blank=not fresh)  # a checkpoint will fill it
+    check_trains(config, adapters, adapter.method, prepared.train)
     if config.train.gradient_checkpointing:
         checkpoint_layers(loaded.model)
     plan = StepPlan(
@@ -158,7 +166,7 @@ def build(
         batch_tokens=config.train.batch_tokens,
         seed=config.train.seed,
     )
-    decided = decide(config, adapter.method.learning_rate, len(plan), loaded)
+    decided = written | decide(config, adapter.method, len(plan), loaded)
     if config.train.micro_tokens == "fit":
         if fit is None or loaded.device.type != "cuda":
             raise UserError(
@@ -166,10 +174,68 @@ def build(
                 hint="set a number, or auto",
             )
         decided["train.micro_tokens"] = fit(config, loaded, prepared.train, plan)
+    if fresh and not adapter.ready:
+        decided |= see_first(with_values(config, decided), loaded, adapters, prepared.train, plan, progress)
+    adapters.adapters["default"].ready = True
+    adapters.train()
     config = with_values(config, decided)
     assert config.train.learning_rate != "auto"
     optimizer = make_optimizer(adapters.groups(config.train.learning_rate), config.train)
     return Workshop(config, loaded, adapters, prepared, optimizer, plan, decided)
+
+
+def see_first(
+    config: RunConfig,
+    loaded: Loaded,
+    adapters: Adapters,
+    examples: Examples,
+    plan: StepPlan,
+    progress: bool,
+) -> dict[str, Any]:
+    """Let the method see what it must before the first step; the settings that this decides, by dotted name."""
+    method = adapters.adapters["default"].method
+    wanted, _ = method.probes()
+    drawn = islice(dict.fromkeys(i for step in plan for i in step), wanted)  # in the order of training
+    assert isinstance(config.train.micro_tokens, int)
+    batches = pack(
+        [examples[i] for i in drawn],
+        micro_tokens=config.train.micro_tokens,
+        packing=config.data.packing,
+        pad_id=loaded.pad_id,
+    )
+    originals = partial(read_originals, loaded.source.path, dtype=loaded.dtype, progress=progress)
+    changes = prepare_method(adapters, batches, originals=originals, progress=progress)
+    options = changes.pop("options", {})
+    return changes | {f"method.{key}": options[key] for key in options.keys() - config.method.keys()}
+
+
+def as_ids(config: RunConfig, kind: type[Method], tokenizer: Any) -> dict[str, Any]:
+    """The method's settings that are token ids and were given as text, by dotted name."""
+    return {
+        f"method.{key}": tokenizer(config.method[key], add_special_tokens=False)["input_ids"]
+        for key in kind.text_options
+        if isinstance(config.method.get(key), str)
+    }
+
+
+def check_trains(config: RunConfig, adapters: Adapters, method: Method, examples: Examples) -> None:
+    """There must be biases where biases are to train; a method that chooses among tokens must find some.
+
+    raises  UserError, DataError: something would learn nothing
+    """
+    if config.bias != "none" and not any(name.endswith("bias") for name, _ in adapters.overlaid("default")):
+        raise UserError(
+            f"bias is {config.bias}, and there is no bias to train in this {type(adapters.model).__name__}",
+            hint="--set bias=none",
+        )
+    if not method.per_token:
+        return
+    looked = min(len(examples), 1000)
+    if not any(bool(method.token_mask(torch.tensor([examples[i].ids]), None).any()) for i in range(looked)):
+        raise DataError(
+            f"none of {looked} training examples holds the invocation: the adapter would work on no token",
+            hint="put its text into the prompts, as one piece; a tokenizer may join it with what stands beside it",
+        )
 
 
 def spec_of(config: RunConfig) -> AdapterSpec:
@@ -191,11 +257,25 @@ def spec_of(config: RunConfig) -> AdapterSpec:
     )
 
 
-def decide(config: RunConfig, rate: float, num_steps: int, loaded: Loaded) -> dict[str, Any]:
+def method_of(shop: Workshop) -> Method:
+    return shop.adapters.adapters["default"].method
+
+
+def method_defaults(config: RunConfig) -> dict[str, Any]:
+    """What `auto` means for the method: its rank, alpha and layers, by dotted name."""
+    spec = spec_of(config).settled()
+    entries = spec.target_modules
+    if not isinstance(entries, str) and len(entries) == 1:
+        entries = entries[0]
+    found = {"r": spec.r, "alpha": spec.alpha, "target_modules": entries}
+    return {key: value for key, value in found.items() if getattr(config, key) == "auto" != value}
+
+
+def decide(config: RunConfig, method: Method, num_steps: int, loaded: Loaded) -> dict[str, Any]:
     """The values of the settings that are `auto`, by dotted name."""
-    decided: dict[str, Any] = {}
+    decided = method_defaults(config)
     if config.train.learning_rate == "auto":
-        decided["train.learning_rate"] = rate
+        decided["train.learning_rate"] = method.learning_rate
     if config.train.micro_tokens == "auto":
         decided["train.micro_tokens"] = 8192 if loaded.device.type == "cuda" else 2048
     if config.eval.every == "auto":

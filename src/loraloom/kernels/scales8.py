@@ -132,3 +132,11 @@ def dequantize_scales(scales: Scales8) -> Tensor:
         return torch.empty_like(scales.code_G, dtype=torch.float32)
     wide_G = dequantize8(scales.code_G, scales.absmax_S, dynamic_map(True, scales.code_G.device))
     return wide_G.add_(scales.offset)
+
+
+def dequantize_part(scales: Scales8, first: int, last: int) -> Tensor:
+    """Scales `first` up to, but not, `last`, float32: their own blocks alone are touched."""
+    low, high = first // BLOCK8, -(-last // BLOCK8)
+    codes = scales.code_G[low * BLOCK8 : high * BLOCK8]
+    part = dequantize_scales(Scales8(codes, scales.absmax_S[low:high], scales.offset))
+    return part[first - low * BLOCK8 : last - low * BLOCK8]

@@ -85,8 +85,7 @@ class Method:
     needs: ClassVar[str | None] = None
     working: ClassVar[frozenset[str]] = frozenset()  # tensors only training needs: not in an adapter's files
     own_places: ClassVar[bool] = False  # whether it alone decides where it sits
-    mergeable: ClassVar[bool] = True  # whether its effect is a change of W
-
+    text_options: ClassVar[tuple[str, ...]] = ()  # settings that are token ids, and may be given as text
     peft_type: ClassVar[str | None] = None  # how PEFT calls it in adapter_config.json, if it has it
     peft_keys: ClassVar[Mapping[str, str]] = {}  # our tensors' names to PEFT's, of each layer
     peft_shared: ClassVar[Mapping[str, str]] = {}  # the same of tensors that all layers share
@@ -104,6 +103,11 @@ class Method:
     def trains_whole(self) -> str:
         """What of the base's own parameters it trains in copies: none, biases or everything."""
         return "none"
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether its effect is a change of W, the same for every token."""
+        return not self.per_token
 
     # ---- what it is -------------------------------------------------------------------------------------
 
@@ -128,6 +132,10 @@ class Method:
         raises  NotMergeable where there is no such thing
         """
         raise NotImplementedError
+
+    def inserts(self) -> tuple[int, int]:
+        """How many tokens of its own it puts before a text, and before the text's last answer."""
+        return 0, 0
 
     def enter(self, layer: Layer, x: Tensor) -> Tensor:
         """What the frozen layer is given in place of its input (prefix tokens that its table does not have)."""
@@ -157,7 +165,10 @@ class Method:
         raise NotImplementedError
 
     def found(self, site: Site, store: Tensors) -> Tensors:
-        """What a layer's observations came to, small enough to keep for every layer at once."""
+        """What a layer's observations came to, small enough to keep for every layer at once.
+
+        Empty for a layer that saw nothing (an expert no token was sent to): it starts as `init` left it.
+        """
         raise NotImplementedError
 
     def from_original(self, site: Site, w_OI: Tensor) -> Tensors:
@@ -169,10 +180,10 @@ class Method:
     ) -> tuple[dict[str, Any], dict[str, Tensors]]:
         """How training begins, once every layer has been seen.
 
-        Returns changes of the adapter's settings (rank_pattern, alpha_pattern, or options of the method) and,
-        by layer, tensors that replace those of `init` under these settings.
+        Returns changes of the adapter's settings (rank_pattern, alpha_pattern, or options of the method), each
+        in place of the whole setting, and by layer tensors that replace those of `init` under these settings.
         """
-        return {}, dict(found)
+        return {}, {key: tensors for key, tensors in found.items() if tensors}
 
     # ---- as PEFT has it ---------------------------------------------------------------------------------
 
@@ -184,6 +195,18 @@ class Method:
     def from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any] | None:
         """This method's own settings in an adapter_config.json of its peft_type; None if it is another's."""
         return None
+
+    def packed(self, tensors: Tensors) -> tuple[Tensors, dict[str, Any]]:
+        """The adapter's tensors, by their keys in the file, as PEFT writes them; and what its settings then say.
+
+        AdaLoRA leaves out what its budget has dropped.
+        """
+        return tensors, {}
+
+    @classmethod
+    def unpacked(cls, tensors: Tensors, config: Mapping[str, Any], whole: Mapping[str, Tensor]) -> Tensors:
+        """The inverse of `packed`: a file's tensors in the shapes of `whole`, or as they are if they do not fit."""
+        return tensors
 
     # ---- in the step ------------------------------------------------------------------------------------
 

@@ -29,4 +29,4 @@ class RsLoRA(LoRA):
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any] | None:
-        return {} if config.get("use_rslora") else None
+        return {} if config.get("use_rslora") and not config.get("use_dora") else None

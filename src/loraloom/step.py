@@ -1,0 +1,164 @@
+"""The training step, whole. Nothing else in the package calls backward() on a loss but what looks before it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .adapt import Adapters
+from .errors import Failure, NonFinite
+from .nll import nll_sum, token_nll
+from .packing import IGNORED, Batch
+
+
+@dataclass(frozen=True)
+class StepStats:
+    loss: float  # nats per target token, over the whole step
+    grad_norm: float  # L2 over all trained parameters, before clipping
+    targets: int  # tokens that carried loss
+    tokens: int  # tokens that went through the model, without padding
+
+
+# ==== a single training step =================================================================================
+
+
+def train_step(
+    model: nn.Module,
+    adapters: Adapters,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Batch],
+    *,
+    step: int,
+    num_steps: int,
+    max_norm: float | None,
+    inspect: Callable[[], None] | None = None,
+) -> StepStats:
+    """Take one optimizer step over a list of micro-batches.
+
+    The loss is summed over tokens and divided by the targets of the whole step, so one batch of 8 rows and
+    four of 2 rows give the same gradient.
+
+    step     optimizer steps before this one, of num_steps in all
+    inspect  called with the gradients in place, before anything moves
+
+    shapes  batch.ids, .labels, .position are (B, T) int64; B and T may differ between batches
+    raises  ValueError if no token carries loss; NonFinite if the loss or the gradient is not finite. In both
+            cases no weight has moved
+    source  tests/test_train.py: splitting a step changes nothing
+    """
+    targets = sum(batch.targets for batch in batches)  # counted by the packer, on the host
+    if targets == 0:
+        raise ValueError(f"step {step}: no token carries loss; is every label masked?")
+
+    device = next(model.parameters()).device
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    with adapters.hold():  # each layer's A and B are built once, and their gradient returns at the end
+        for batch in batches:
+            here = batch.to(device)
+            with adapters.batch(step=step, token_BT=here.token):
+                part = nll_sum(model, here) / targets
+                part.backward()
+            loss += part.detach()
+
+    for adapter in active(adapters):
+        penalty = adapter.method.penalty(list(adapter.sites.values()))  # AdaLoRA's; None for most
+        if penalty is not None:
+            penalty.backward()
+
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    limit = math.inf if max_norm is None else max_norm
+    grad_norm = nn.utils.clip_grad_norm_(parameters, limit)
+    tokens = sum(stop - start for batch in batches for _, start, stop in batch.spans)
+    stats = StepStats(loss.item(), grad_norm.item(), targets, tokens)  # the one host sync of the step
+    if not (math.isfinite(stats.loss) and math.isfinite(stats.grad_norm)):
+        optimizer.zero_grad(set_to_none=True)
+        raise broken_step(model, adapters, batches, step, stats)
+    if inspect is not None:
+        inspect()
+
+    for adapter in active(adapters):
+        adapter.method.before_step(list(adapter.sites.values()), step)
+    optimizer.step()
+    for adapter in active(adapters):
+        adapter.method.after_step(list(adapter.sites.values()), step, num_steps)
+    optimizer.zero_grad(set_to_none=True)
+    return stats
+
+
+# =============================================================================================================
+
+
+def active(adapters: Adapters) -> list[Any]:
+    return [adapters.adapters[name] for name in adapters.active]
+
+
+def broken_step(
+    model: nn.Module, adapters: Adapters, batches: Sequence[Batch], step: int, stats: StepStats
+) -> NonFinite:
+    """The error for a step that is not finite: which rows, and whether the rows or the weights are to blame."""
+    bad = broken_rows(model, adapters, batches, step)
+    rows = [row for batch in batches for row in batch.rows]
+    if not bad:
+        details = [f"every row's loss is finite, the gradient is not; the step held {', '.join(rows[:20])}"]
+    elif len(bad) == len(rows):
+        details = [f"the loss of all {len(rows)} rows of the step is not finite: training has diverged"]
+    else:
+        details = [f"{row}: its loss is not finite" for row in bad[:20]]
+    error = NonFinite(
+        f"step {step + 1}: loss {stats.loss:.4g}, gradient norm {stats.grad_norm:.4g}",
+        details=details,
+        hint="look at these rows; or train a new run with a lower train.learning_rate, or model.dtype=float32",
+    )
+    error.weights_good = len(bad) < len(rows)
+    return error
+
+
+@torch.no_grad()
+def broken_rows(model: nn.Module, adapters: Adapters, batches: Sequence[Batch], step: int) -> list[str]:
+    """The rows whose loss is not finite.
+
+    Each is tried alone: in a packed row, 0 * NaN in the attention breaks its neighbours too.
+    """
+    device = next(model.parameters()).device
+    bad: list[str] = []
+    for batch in batches:
+        for row, one in members(batch.to(device)):
+            with adapters.batch(step=step, token_BT=one.token):
+                finite = bool(token_nll(model, one)[0].isfinite().all())
+            if not finite:
+                bad.append(row)
+    return bad
+
+
+def members(batch: Batch) -> Iterator[tuple[str, Batch]]:
+    """Each example of a batch as a batch of its own, without padding."""
+    for row, (b, start, stop) in zip(batch.rows, batch.spans):
+        ids, labels, token = (item[b : b + 1, start:stop] for item in (batch.ids, batch.labels, batch.token))
+        targets = int((labels != IGNORED).sum())
+        yield row, Batch(ids, labels, None, token, targets, [row], [(0, 0, stop - start)])
+
+
+def check_gradients(adapters: Adapters) -> None:
+    """After the first backward pass: every adapted layer must have received a gradient.
+
+    A tensor may rightly have none (A, while B is zero), a whole layer may not: it would never learn.
+
+    raises  Failure that names the layers
+    """
+    dead = [
+        key
+        for adapter in active(adapters)
+        for key, site in adapter.sites.items()
+        if site.trainable and not any(p.grad is not None and bool(p.grad.any()) for p in site.trainable)
+    ]
+    if dead:
+        raise Failure(
+            f"{len(dead)} adapted layers received no gradient in the first step: they would learn nothing",
+            details=dead[:20],
+            hint="take them out of target_modules; the model may not use them in its forward pass",
+        )
