@@ -21,7 +21,6 @@ import os
 import statistics
 import subprocess
 import time
-from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,72 +29,28 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # 
 
 import torch
 from command_line import command_line
+from method_settings import INVOCATION, NOTES, SLOW_STARTS, counted, spec_of
 from random_weights import random_model
 
 from loraloom import methods
 from loraloom.adapt import Adapters
-from loraloom.adapter import Adapter, AdapterSpec
+from loraloom.adapter import Adapter
 from loraloom.config import TrainConfig
 from loraloom.dressing import dress
 from loraloom.errors import UserError
 from loraloom.kernels.matmul_frozen import release_buffers
 from loraloom.kernels.twin import path_of
-from loraloom.methods.base import Method
 from loraloom.optim import make_optimizer, set_rates
 from loraloom.packing import Batch, pack
 from loraloom.quant import stored_bytes
 from loraloom.shapes import published
-from loraloom.skeleton import make_shape, meta_model
+from loraloom.skeleton import make_shape
 from loraloom.step import train_step
-from loraloom.trace import Shapes
 from loraloom.workload import Made
 
 ROOT = Path(__file__).parents[1]
 BASES: dict[str, str | None] = {"bf16": None, "nf4": "nf4"}
 AT, OF = 600, 2000  # the steps' numbers: AdaLoRA's budget falls there, and Delta-LoRA's W moves
-SLOW_STARTS = ("pissa", "milora", "olora", "loraxs")  # and whatever must see something first
-INVOCATION = (5, 6)
-OWN: dict[str, dict[str, Any]] = {
-    "bitfit": {"add_missing": True},
-    "alora": {"invocation": INVOCATION},
-}
-NOTES = {
-    "bitfit": "add_missing=true, as Llama has no biases",
-    "loradrop": "half of the decoder layers kept",
-    "alora": "from the middle of each row on",
-    "eva": "the same rank everywhere",
-}
-LLAMA = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-LLAMA += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-
-
-def own_default(kind: type[Method], name: str) -> Any:
-    return next(item.default for item in fields(kind) if item.name == name)
-
-
-def rank_of(name: str, r: int) -> tuple[int, float | str]:
-    """r and alpha of a method: the common ones, or its own where its rank means something else."""
-    kind = methods.find(name)
-    if name in ("vera", "randlora"):
-        return own_default(kind, "r"), own_default(kind, "alpha")
-    return r, "2r"
-
-
-def spec_of(name: str, r: int, layers: int) -> AdapterSpec:
-    options = dict(OWN.get(name, {}))
-    if name == "loradrop":
-        options["kept"] = [f"model.layers.{i}.{leaf}" for i in range(0, layers, 2) for leaf in LLAMA]
-    rank, alpha = rank_of(name, r)
-    return AdapterSpec(method=name, options=options, r=rank, alpha=alpha)
-
-
-def counted(name: str, r: int, shape: Any) -> int:
-    """Trained parameters on a model of this shape; no weight is there."""
-    model = meta_model(shape, dtype=torch.bfloat16)
-    with torch.device("meta"), Shapes():
-        adapters = Adapters(model)
-        adapters.add("default", spec_of(name, r, shape.num_hidden_layers), blank=True)
-    return sum(p.numel() for p in adapters.parameters())
 
 
 def rows(count: int, length: int, vocabulary: int) -> list[Made]:
@@ -247,9 +202,6 @@ def main() -> None:
         for name in names:
             found, lora = measure(bench, name, lora)
             record["methods"][name][base] = found
-            if "uncounted" in record["methods"][name] and "trained" in found:  # all of it sits in the layers
-                each = found["trained"] // shape.num_hidden_layers
-                record["methods"][name]["trained_by_all_layers"] = each * whole.num_hidden_layers
             print(f"{time.perf_counter() - began:6.1f} s  {words(name, base, found)}", flush=True)
             Path(a.out).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         del bench

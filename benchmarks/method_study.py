@@ -19,15 +19,16 @@ the same settings and commit are not made again.
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib.util
 import json
 import math
 import queue
+import re
 import statistics
 import subprocess
 import sys
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib.metadata import version
@@ -37,23 +38,11 @@ from typing import Any
 
 import torch
 from command_line import command_line
-from method_cost import rank_of, release
+from method_run import DATA
 
 from loraloom import methods
-from loraloom.config import Source, resolve
-from loraloom.data import prepare
-from loraloom.dressing import dress
-from loraloom.errors import NonFinite
-from loraloom.evaluate import choose_tasks, matches, measure
-from loraloom.generate import context_length
-from loraloom.heldout import held_out
-from loraloom.optim import rate_factor, set_rates, warmup_steps
-from loraloom.packing import pack
-from loraloom.step import train_step
-from loraloom.workshop import UNLIMITED, Workshop, build
 
 ROOT = Path(__file__).parents[1]
-DATA = ROOT / "runs" / "study"
 HELD_BACK = 500  # of the demo's training sums, to choose rates by
 SEARCH_SEED = 100  # reported seeds are 0, 1, 2
 FIRST = "lora loraplus rslora dora pissa vera lorafa adalora deltalora loradrop "
@@ -88,138 +77,6 @@ NOTES = {
     "deltalora": "start after a quarter of the steps",
     "loradrop": "its probe's 20 steps come on top",
 }
-
-
-def options_of(name: str, steps: int) -> dict[str, Any]:
-    """A method's own settings where its defaults are made for longer runs or other models."""
-    return {"bitfit": {"add_missing": True}, "deltalora": {"start": steps // 4}}.get(name, {})
-
-
-# ---- a run, in a process that makes one after another -------------------------------------------------------
-
-
-def run_one(task: dict[str, Any]) -> dict[str, Any]:
-    """Train as a task says; what it came to."""
-    began = time.perf_counter()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    config, _ = resolve(ROOT / "examples" / "subtraction.yaml", settings(task))
-    torch.manual_seed(config.train.seed)
-    shop = build(config, offline=True, progress=False)
-    started = time.perf_counter()
-    curve, seconds = train(shop, task)
-    found = {
-        "trained": sum(p.numel() for p in shop.adapters.parameters()),
-        "start_seconds": started - began,
-        "train_seconds": seconds,
-        "chosen_by": curve[-1][1],
-    }
-    if torch.cuda.is_available():
-        found["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    if task["report"]:
-        found["curve"] = [[step, float(f"{loss:.5g}")] for step, loss in curve]
-        found |= final(shop, task)
-    return found
-
-
-def settings(task: dict[str, Any]) -> dict[str, Any]:
-    r, alpha = rank_of(task["method"], 16)
-    chosen = {
-        "method.name": task["method"],
-        "r": r,
-        "alpha": alpha,
-        "model.dtype": "bfloat16" if torch.cuda.is_available() else "auto",
-        "model": task["model"],
-        "data.train": str(DATA / "train.jsonl"),
-        "data.eval": str(DATA / "choose.jsonl"),
-        "output": "none",
-        "train.seed": task["seed"],
-        "train.max_steps": task["steps"],
-        "train.batch_size": task["batch"],
-        "train.learning_rate": task["rate"],
-    }
-    own = options_of(task["method"], task["steps"])
-    return chosen | {f"method.{key}": value for key, value in own.items()}
-
-
-def train(shop: Workshop, task: dict[str, Any]) -> tuple[list[tuple[int, float]], float]:
-    """All steps, with the loss on the set to choose by every so often; and the seconds of the steps alone."""
-    config, steps = shop.config.train, len(shop.plan)
-    eval = [shop.eval[i] for i in range(min(task["choose"], len(shop.eval)))]
-    curve, seconds = [(0, loss_of(shop, eval))], 0.0
-    for step in range(steps):
-        began = time.perf_counter()
-        warmup = warmup_steps(config.warmup, steps)
-        set_rates(shop.optimizer, rate_factor(config.schedule, step, steps, warmup))
-        examples = dress(shop.model, [shop.train[i] for i in shop.plan[step]])
-        batches = pack(examples, micro_tokens=shop.micro_tokens, packing=shop.packing, pad_id=shop.pad_id)
-        train_step(
-            shop.model,
-            shop.adapters,
-            shop.optimizer,
-            batches,
-            step=step,
-            num_steps=steps,
-            max_norm=config.max_grad_norm,
-        )
-        seconds += time.perf_counter() - began
-        if (step + 1) % task["every"] == 0 or step + 1 == steps:
-            curve.append((step + 1, loss_of(shop, eval)))
-    return curve, seconds
-
-
-def loss_of(shop: Workshop, examples: Any) -> float:
-    shop.adapters.eval()
-    with shop.adapters.hold():
-        found = held_out(
-            shop.model, examples, pad_id=shop.pad_id, micro_tokens=shop.micro_tokens, packing=shop.packing
-        )
-    shop.adapters.train()
-    return found.mean
-
-
-def final(shop: Workshop, task: dict[str, Any]) -> dict[str, Any]:
-    """Loss and exact match on the final set, of the tuned model; and of the base, if the task asks."""
-    data = shop.config.data.model_copy(
-        update={"train": [Source(path=str(DATA / "final.jsonl"))], "eval": 0.0, "duplicates": "keep"}
-    )
-    limit = context_length(shop.model) or UNLIMITED
-    every = prepare(data, shop.tokenizer, model_max_length=limit, progress=False).train
-    examples = [every[i] for i in range(min(task["final"], len(every)))]
-    tasks = choose_tasks(shop.tokenizer, examples, len(examples), limit)
-    for_loss = {"pad_id": shop.pad_id, "micro_tokens": shop.micro_tokens, "packing": shop.packing}
-    for_answers = {
-        "pad_id": shop.pad_id,
-        "stop_ids": shop.stop_ids,
-        "max_new_tokens": 8,
-        "batch_tokens": 16384,
-    }
-    shop.adapters.eval()
-    found = {}
-    for key in ("", "base_") if task["base"] else ("",):
-        if key:
-            shop.adapters.use()
-        side = measure(shop.model, shop.tokenizer, examples, tasks, for_loss, for_answers, lambda count: None)
-        right = matches(tasks, side)
-        found |= {f"{key}loss": side.loss.mean, f"{key}exact_match": sum(right) / len(right)}
-    return found
-
-
-def worker() -> None:
-    """Tasks on stdin, a line each; results on stdout, each behind a mark."""
-    for line in sys.stdin:
-        try:
-            found = run_one(json.loads(line))
-        except NonFinite as error:
-            found = {"diverged": error.message}
-        except Exception as error:
-            found = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
-        gc.collect()
-        release()
-        print("RESULT " + json.dumps(found), flush=True)
-
-
-# ---- the study ----------------------------------------------------------------------------------------------
 
 
 class Study:
@@ -262,7 +119,13 @@ class Study:
         return self.runs[-1]
 
     def method(self, name: str) -> None:
-        """Search the rate, then report over seeds."""
+        """Search the rate, then report over seeds; what fails here does not stop the other methods."""
+        try:
+            self.study(name)
+        except Exception:
+            traceback.print_exc()
+
+    def study(self, name: str) -> None:
         factors = [number(part) for part in self.a.rates.split(",")]
         with ThreadPoolExecutor(4) as pool:
             search = len(factors) > 1
@@ -284,12 +147,12 @@ class Study:
         return loss if math.isfinite(loss) else math.inf
 
     def write(self) -> None:
-        order = self.a.methods.split(",")
+        order = list(dict.fromkeys([*self.a.methods.split(","), *(run["method"] for run in self.runs)]))
         runs = sorted(self.runs, key=lambda r: (order.index(r["method"]), r["seed"], r["factor"]))
         base = next((run for run in runs if "base_loss" in run), {})
         self.record["base"] = {key: base.get(f"base_{key}") for key in ("loss", "exact_match")}
         self.record["table"] = {
-            name: summary(name, runs) for name in order if name in {r["method"] for r in runs}
+            name: summary(name, runs) for name in order if any(run["method"] == name for run in runs)
         }
         text = json.dumps(self.record | {"runs": "RUNS"}, indent=2)
         lines = ",\n".join(f"    {json.dumps(run)}" for run in runs)
@@ -305,7 +168,7 @@ class Study:
 
 
 def start() -> subprocess.Popen[str]:
-    command = [sys.executable, str(Path(__file__)), "--worker"]
+    command = [sys.executable, str(Path(__file__).with_name("method_run.py"))]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
 
 
@@ -390,7 +253,7 @@ def about(a: argparse.Namespace) -> dict[str, Any]:
     kept = ("rates", "extend", "steps", "batch", "every", "choose", "final", "model")
     return {
         "what": "two-digit subtraction, SmolLM2-135M-Instruct, each method at the rate found for it",
-        "command": command_line(),
+        "command": re.sub(r" --minutes \S+", "", command_line()),
         "commit": a.commit or commit.stdout.strip(),
         "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "runs_at_once": a.jobs,
@@ -411,7 +274,6 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--minutes", type=float, help="begin no run after so many")
     p.add_argument("--commit", default="", help="where there is no repository to ask")
     p.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "method_study.json"))
-    p.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     a = p.parse_args()
     for name, value in PRESETS[a.preset].items():
         setattr(a, name, value if getattr(a, name) is None else getattr(a, name))
@@ -420,8 +282,6 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     a = arguments()
-    if a.worker:
-        return worker()
     write_data()
     study = Study(a)
     names = a.methods.split(",")
@@ -429,7 +289,6 @@ def main() -> None:
         list(pool.map(study.method, names))
     study.write()
     study.stop()
-    return None
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from loraloom.adapter_io import folder_tensors, load_adapter, save_adapter
 from loraloom.dressing import dress_prompts
 from loraloom.errors import NonFinite, UserError
 from loraloom.model_files import read_config
-from loraloom.quant import Weight4, dense, quantized
+from loraloom.quant import dense, quantized
 from loraloom.use import find_target
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -54,7 +54,7 @@ PLACES = {  # the model, and the layers: linear, Conv1D, roles of one projection
     "table": ("llama", ["embed_tokens", "q_proj"]),
     "conv": ("net", ["conv", "lin"]),
 }
-P, L, O = "peft", "lora", "own"  # noqa: E741
+P, L, O = "peft", "lora", "own"
 FORMS = {  # by method, in the order of PLACES; None where the method cannot be there
     "adalora": (P, P, L, L, P),
     "adapterh": (O, O, O, O, O),
@@ -150,7 +150,8 @@ def test_the_table_has_every_method():
 @here
 def test_our_folder_in_peft_and_here_again(method, place, form, tmp_path):
     model, adapters = trained(place, method)
-    truth = output(model)
+    truth, plain = output(model), output(model_at(place, method))
+    assert truth.shape != plain.shape or not torch.allclose(truth, plain, atol=1e-3)
     save_adapter(adapters, tmp_path / "one", base_model="tiny")
     assert read_record(tmp_path / "one").form == form
     assert {path.name for path in (tmp_path / "one").iterdir()} == {OWN, *FILES[form]}
@@ -162,7 +163,7 @@ def test_our_folder_in_peft_and_here_again(method, place, form, tmp_path):
     for file in (tmp_path / "one").iterdir():
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes(), file.name
     if form == "own":
-        with pytest.raises(ValueError, match="Can't find 'adapter_config.json'"):
+        with pytest.raises(ValueError, match=r"Can't find 'adapter_config.json'"):
             in_peft(model_at(place, method), tmp_path / "one")
         return
     base = model_at(place, method, dense_base=True)
@@ -207,7 +208,7 @@ def test_shared_bases_stand_once_in_peft_s_file(tmp_path):
 
 def test_layers_that_share_a_pair_are_written_apart_and_share_it_again(tmp_path):
     """LoRA-drop: all layers that were not kept have one."""
-    model, adapters = trained("linear", "loradrop")
+    _, adapters = trained("linear", "loradrop")
     first, second = (f"model.layers.{i}.mlp.down_proj" for i in (0, 1))
     sites = adapters.adapters["default"].sites
     assert sites[first].p["A"] is sites[second].p["A"]
@@ -222,6 +223,29 @@ def test_layers_that_share_a_pair_are_written_apart_and_share_it_again(tmp_path)
     save_file(tensors, tmp_path / WEIGHTS, {"format": "pt"})
     with pytest.raises(UserError, match=f"{first}/A and {second}/A are one tensor here, and differ there"):
         load_adapter(model_at("linear"), tmp_path)
+
+
+def test_what_a_budget_dropped_is_not_in_peft_s_file(tmp_path):
+    """AdaLoRA: two triplets of one layer, and all of another."""
+    model, adapters = trained("linear", "adalora", r=3)
+    first, second, *_ = sites = adapters.adapters["default"].sites
+    with torch.no_grad():
+        sites[first].p["E"][[0, 2]] = 0
+        sites[second].p["E"].zero_()
+    save_adapter(adapters, tmp_path / "one")
+    tensors = load_file(tmp_path / "one" / WEIGHTS)
+    config = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
+    for name, marks in ((first, [False, True, False]), (second, [False] * 3)):
+        assert config["rank_pattern"][f"{name}.lora_E"] == marks
+        assert len(tensors[f"base_model.model.{name}.lora_A"]) == sum(marks)
+        assert tensors[f"base_model.model.{name}.lora_E"].shape == (sum(marks), 1)
+    torch.testing.assert_close(output(in_peft(model_at("linear"), tmp_path / "one")), output(model), **CLOSE)
+    again = model_at("linear")
+    back = load_adapter(again, tmp_path / "one")
+    assert torch.equal(output(again), output(model))
+    save_adapter(back, tmp_path / "two")
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes(), file.name
 
 
 @pytest.mark.parametrize(

@@ -692,3 +692,23 @@ def test_llama_on_meta_takes_many_adapters():
     adapters.add("b", AdapterSpec(r=4))
     adapters.use("a", "b")
     assert run(adapters, torch.zeros(2, 3, dtype=torch.long, device="meta")).shape == (2, 3, 32000)
+
+
+def test_a_method_that_chooses_tokens_does_so_in_the_first_held_step():
+    """Held rows are built before the model is called, when the choice of tokens is not known yet."""
+    model = tiny.build("llama").double()
+    ids = torch.tensor([[9, 7, 5, 6], [5, 5, 6, 9]])
+    adapters = attach(model, "alora", r=2, options={"invocation": [7]})
+    tiny.stir(adapters, size=0.5)
+    for parameter in adapters.parameters():
+        parameter.data = parameter.data.double()
+    with adapters.hold():
+        first = model(input_ids=ids).logits
+    with adapters.hold():
+        again = model(input_ids=ids).logits
+    with adapters.disabled():
+        base = model(input_ids=ids).logits
+    assert torch.equal(first, again)
+    assert torch.equal(first[0, :1], base[0, :1])
+    assert torch.equal(first[1], base[1])
+    assert not torch.equal(first[0, 1:], base[0, 1:])

@@ -613,6 +613,25 @@ def test_at_the_start_the_gradients_stay_as_they_are(layer):
     assert before.any()
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_directions_that_b_lacks_are_left_out_and_not_blown_up(seed):
+    """Six columns on four outputs, in float32: what rounding leaves of the two others is no direction."""
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        site, _ = one_layer("lorapro", 6, (8, 4))
+        gen = torch.Generator().manual_seed(seed)
+        full = torch.randn(4, 8, generator=gen).double()
+        for tensor in (site.p["A"], site.p["B"]):
+            tensor.grad = None
+            tensor.data = torch.randn(tensor.shape, generator=gen).to(dtype)
+        a, b = site.p["A"].detach().double(), site.p["B"].detach().double()
+        site.p["A"].grad = (site.method.scale * b.T @ full).to(dtype)
+        site.p["B"].grad = (site.method.scale * full @ a.T).to(dtype)
+        site.method.before_step([site], 1)
+        found.append(gradients(site).double())
+    assert (found[1] - found[0]).norm() < 1e-3 * found[0].norm()
+
+
 class Largest(TorchDispatchMode):
     numel = 0
 
@@ -626,9 +645,9 @@ class Largest(TorchDispatchMode):
 
 def test_nothing_is_larger_than_a_or_b_and_each_layer_has_its_own_rank_and_scale():
     torch.manual_seed(0)
-    model = nn.ModuleDict({"one": nn.Linear(40, 70), "two": nn.Linear(40, 70)}).double()
+    model = nn.ModuleDict({name: nn.Linear(40, 70) for name in ("one", "two", "three")}).double()
     adapters = attached(
-        model, "lorapro", r=3, alpha=6.0, target_modules=["one", "two"], rank_pattern={"two": 2}
+        model, "lorapro", r=3, alpha=6.0, target_modules=["one", "two", "three"], rank_pattern={"two": 2}
     )
     tiny.stir(adapters, size=0.5)
     sites = sites_of(adapters)

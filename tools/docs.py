@@ -5,6 +5,7 @@ docs/reference/commands.md   every command's --help
 docs/reference/methods.md    every method and its own settings, from the files in methods/
 README.md                    the table of one training step, between its two marks
 docs/qlora.md                tables of what was measured, between their marks (tables.py)
+docs/methods.md              the same of the family (method_tables.py), and its picture (method_figure.py)
 """
 
 import re
@@ -13,6 +14,8 @@ import sys
 from pathlib import Path
 
 import click
+import method_tables
+from method_figure import loss_figure
 from tables import filled
 
 from loraloom import methods
@@ -82,7 +85,12 @@ def main() -> int:
         REFERENCE / "methods.md": methods_page(),
         ROOT / "README.md": readme(),
         ROOT / "docs" / "qlora.md": filled((ROOT / "docs" / "qlora.md").read_text(encoding="utf-8")),
+        ROOT / "docs" / "methods.md": filled(
+            (ROOT / "docs" / "methods.md").read_text(encoding="utf-8"), method_tables.TABLES
+        ),
     }
+    if (study := method_tables.measured(method_tables.STUDY)) is not None:
+        pages[ROOT / "docs" / "methods-loss.svg"] = loss_figure(study)
     stale = [
         path for path, text in pages.items() if not path.is_file() or path.read_text(encoding="utf-8") != text
     ]

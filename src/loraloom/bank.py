@@ -84,7 +84,7 @@ class Bank:
         segments: list[Segment] = []
         others: list[tuple[int, Site]] = []
         gains: dict[int, Tensor] = {}
-        many = len(self.flow.active) > 1 or self.flow.mask_BMK is not None
+        many = len(self.flow.active) > 1 or self.flow.mask_BMK is not None or self.by_token()
         for k, name in enumerate(self.flow.active):
             for site in self.sites.get(name, ()):
                 if not isinstance(site.method, LowRank):
@@ -104,6 +104,10 @@ class Bank:
             return None
         rates = [next((s.method.dropout for s in self.sites.get(n, ())), 0.0) for n in self.flow.active]
         return Compute(segments, self.gain_table(gains, many), others, rates)
+
+    def by_token(self) -> bool:
+        """Whether an active method chooses among tokens: which, is known only when the model is called."""
+        return any(s.method.per_token for name in self.flow.active for s in self.sites.get(name, ()))
 
     def gain_table(self, gains: dict[int, Tensor], many: bool) -> Tensor | None:
         """The adapters' gains, (O,) or (K + 1, O); None if no method has one."""

@@ -28,7 +28,7 @@ def make_adapter(
     """
     model, method = forwards.model, spec.make()
     spec = spec.settled()
-    refuse(method, spec, model)
+    refuse(method, spec, model, starting=not blank)
     saved = modules_named(model, spec.modules_to_save)
     targets = []
     if spec.target_modules != "auto":  # a method that sits on no layer leaves it so
@@ -66,7 +66,7 @@ def make_sites(
         layer = layer_of(forwards, target) if own is not None else None
         own = own.at(layer) if own is not None and layer is not None else None
         if own is not None and layer is not None:
-            refuse(own, spec, forwards.model, layer)
+            refuse(own, spec, forwards.model, layer, starting=not blank)
             chosen.append((target, layer, own))
     methods, layers = [own for _, _, own in chosen], [layer for _, layer, _ in chosen]
     gens = [torch.Generator().manual_seed(seed_of(spec.seed, name=target.key)) for target, _, _ in chosen]

@@ -53,13 +53,17 @@ class Asked:
 
 @dataclass(frozen=True)
 class Refusal:
-    """One row: these methods cannot go with this, for this reason."""
+    """One row: these methods cannot go with this, for this reason.
+
+    starting  it is about the start alone: an adapter that was trained elsewhere may go with it
+    """
 
     methods: tuple[str, ...]
     what: str
     when: Callable[[Asked], bool]
     why: str
     hint: str | None = None
+    starting: bool = False
 
 
 SEES_DATA = ("eva", "corda", "loraga", "loraone")
@@ -142,6 +146,7 @@ REFUSALS = [
         lambda asked: asked.layer is not None and not asked.in_4_bits,
         "there is no quantisation error to make up for",
         "set model.quantize=nf4; on a dense base pissa is the like of it",
+        starting=True,
     ),
     Refusal(
         ("lorafa",),
@@ -184,12 +189,23 @@ UNMERGEABLE = {
 }
 
 
-def refuse(method: Method, spec: AdapterSpec, model: nn.Module, layer: Layer | None = None) -> None:
+def refuse(
+    method: Method,
+    spec: AdapterSpec,
+    model: nn.Module,
+    layer: Layer | None = None,
+    *,
+    starting: bool = True,
+) -> None:
     """Let pass what can work.
+
+    starting  whether training starts here; else the adapter is read from a file
 
     raises  UserError with the reason and a way out
     """
     for row in matching(Asked(method, spec, model, layer)):
+        if row.starting and not starting:
+            continue
         where = f" ({layer.key})" if layer is not None else ""
         raise UserError(
             f"{methods.name_of(method)} cannot go with {row.what}{where}: {row.why}", hint=row.hint

@@ -27,6 +27,7 @@ from .lora import LoRA
 @dataclass(frozen=True, kw_only=True)
 class ALoRA(LoRA):
     r: int = option(32, "the rank; the paper's, which works with less only on easy tasks")
+    alpha: float = option(64.0, "the scale's numerator")
     invocation: str | Sequence[int] = option((), "the text, or the token ids, that switches the adapter on")
 
     per_token: ClassVar[bool] = True
