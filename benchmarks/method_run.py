@@ -1,4 +1,4 @@
-"""A run of the study: a method trained on the demo's task, and what it came to. method_study.py starts this as a process.
+"""A run of the study: a method trained on the demo's task, and what it came to. method_study.py starts this process.
 
 Tasks come on stdin, a line of JSON each; a result goes to stdout behind a mark, whatever else is printed.
 """
@@ -40,21 +40,19 @@ def options_of(name: str, steps: int) -> dict[str, Any]:
 def run_one(task: dict[str, Any]) -> dict[str, Any]:
     """Train as a task says; what it came to."""
     began = time.perf_counter()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
     config, _ = resolve(ROOT / "examples" / "subtraction.yaml", settings(task))
     torch.manual_seed(config.train.seed)
     shop = build(config, offline=True, progress=False)
     started = time.perf_counter()
-    curve, seconds = train(shop, task)
+    curve, seconds, peak = train(shop, task)
     found = {
         "trained": sum(p.numel() for p in shop.adapters.parameters()),
         "start_seconds": started - began,
         "train_seconds": seconds,
         "chosen_by": curve[-1][1],
     }
-    if torch.cuda.is_available():
-        found["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    if peak:
+        found["peak_gb"] = peak / 1e9
     if task["report"]:
         found["curve"] = [[step, float(f"{loss:.5g}")] for step, loss in curve]
         found |= final(shop, task)
@@ -81,12 +79,15 @@ def settings(task: dict[str, Any]) -> dict[str, Any]:
     return chosen | {f"method.{key}": value for key, value in own.items()}
 
 
-def train(shop: Workshop, task: dict[str, Any]) -> tuple[list[tuple[int, float]], float]:
-    """All steps, with the loss on the set to choose by every so often; and the seconds of the steps alone."""
+def train(shop: Workshop, task: dict[str, Any]) -> tuple[list[tuple[int, float]], float, int]:
+    """All steps, with the loss on the set to choose by every so often; seconds and peak bytes of the steps alone."""
     config, steps = shop.config.train, len(shop.plan)
     eval = [shop.eval[i] for i in range(min(task["choose"], len(shop.eval)))]
-    curve, seconds = [(0, loss_of(shop, eval))], 0.0
+    curve, seconds, peak = [(0, loss_of(shop, eval))], 0.0, 0
+    cuda = torch.cuda.is_available()
     for step in range(steps):
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
         warmup = warmup_steps(config.warmup, steps)
         set_rates(shop.optimizer, rate_factor(config.schedule, step, steps, warmup))
@@ -102,9 +103,10 @@ def train(shop: Workshop, task: dict[str, Any]) -> tuple[list[tuple[int, float]]
             max_norm=config.max_grad_norm,
         )
         seconds += time.perf_counter() - began
+        peak = max(peak, torch.cuda.max_memory_allocated() if cuda else 0)
         if (step + 1) % task["every"] == 0 or step + 1 == steps:
             curve.append((step + 1, loss_of(shop, eval)))
-    return curve, seconds
+    return curve, seconds, peak
 
 
 def loss_of(shop: Workshop, examples: Any) -> float:

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import loraloom
-from loraloom import nll, train
+from loraloom import nll, step
 from loraloom.bank import Bank
 from loraloom.data import Example
 from loraloom.packing import pack
@@ -68,14 +68,14 @@ def main() -> None:
         "logits of the columns that predict a label",
         lambda r: r[0],
     )
-    watch(train, "nll_sum", "nll.py::nll_sum", "summed nats of the labelled tokens")
+    watch(step, "nll_sum", "nll.py::nll_sum", "summed nats of the labelled tokens")
     assert isinstance(bank, Bank)
 
     named = dict(adapters.named_parameters())
     name = next(key for key in named if key.endswith("q_proj/B"))
     optimizer = torch.optim.AdamW(adapters.parameters(), lr=1e-3)
     before = named[name].detach().clone()
-    stats = train.train_step(
+    stats = step.train_step(
         model,
         adapters,
         optimizer,
@@ -83,7 +83,7 @@ def main() -> None:
         step=0,
         num_steps=1,
         max_norm=1.0,
-        inspect=lambda: note("train.py::train_step", "the gradient of B; W has none", named[name].grad),
+        inspect=lambda: note("step.py::train_step", "the gradient of B; W has none", named[name].grad),
     )
     note("torch.optim", "B has moved", named[name].detach() - before)
     width = max(len(where) for where, _, _ in rows)

@@ -18,7 +18,7 @@ def head_of(card: str) -> dict[str, Any]:
 
 
 def test_card_of_a_finished_run(tmp_path: Path) -> None:
-    run = finished_run(tmp_path / "tickets", {"data": "hf:org/set", "method": "rslora"})
+    run = finished_run(tmp_path / "tickets", {"data": "hf:org/set", "method": "rslora", "r": 16})
     card = model_card(run)
     assert head_of(card) == {
         "base_model": "org/small-model",

@@ -150,7 +150,7 @@ def test_settings_are_listed(say: Say) -> None:
     assert told.code == 0
     assert "train.betas = [0.9, 0.999]\n" in told.out
     rows = json.loads(say("train", "--settings", "--json").out)
-    assert {"name": "r", "default": "16", "description": "the rank"} in rows
+    assert {"name": "dropout", "default": "0.0", "description": "on the adapter's input"} in rows
 
 
 def test_debug_shows_the_traceback() -> None:

@@ -427,7 +427,9 @@ def test_gradients_against_finite_differences(method, case):
             return output(host, x)
 
     # one random direction for each tensor; LoRA, whose path most methods share, in every direction
-    assert torch.autograd.gradcheck(live, (*inputs, *parameters), fast_mode=method != "lora" or case.whole)
+    wide = {"eps": 1e-4, "atol": 1e-2, "rtol": 1e-2} if case.whole else {}  # norms compute in float32
+    fast = method != "lora" or case.whole
+    assert torch.autograd.gradcheck(live, (*inputs, *parameters), fast_mode=fast, **wide)
     assert torch.equal(held(), live())
 
 

@@ -548,7 +548,8 @@ def test_examples_are_what_the_workshop_trains_on(model_folder: Path, data_file:
     assert isinstance(shop.train, Examples)
     assert len(shop.train) == 20
     assert len(shop.eval) == 4
-    assert shop.decided.keys() == {"train.micro_tokens"}
+    assert shop.decided.keys() == {"alpha", "target_modules", "train.micro_tokens"}
+    assert (shop.config.alpha, shop.config.target_modules) == ("2r", "all-linear")
 
 
 def test_weights_that_diverged_are_never_kept_as_good(

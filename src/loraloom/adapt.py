@@ -365,8 +365,13 @@ class Adapters:
                 f"{', '.join(self.merged)} is merged into the weights", hint="call unmerge() first"
             )
 
+    @property
+    def held(self) -> bool:
+        """Whether `hold` has built what the layers compute."""
+        return any(bank.held is not None for bank in self.banks.values())
+
     def _not_held(self) -> None:
-        if any(bank.held is not None for bank in self.banks.values()):
+        if self.held:
             raise RuntimeError("the bank is held: leave hold() before switching adapters")
 
 

@@ -6,7 +6,8 @@ own answers and everything that is stored know nothing of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import nn
@@ -34,6 +35,17 @@ def adapters_of(model: nn.Module) -> Adapters | None:
     """The adapters that hang on a model."""
     owners = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
     return next((owner for owner in owners if isinstance(owner, Adapters)), None)
+
+
+@contextmanager
+def holding(model: nn.Module) -> Iterator[None]:
+    """Build what the adapters in use compute once, for many passes without gradients."""
+    adapters = adapters_of(model)
+    if adapters is None or adapters.merged or adapters.held:
+        yield
+        return
+    with adapters.hold():
+        yield
 
 
 def tokens_of(model: nn.Module) -> tuple[list[int], list[int]]:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .dressing import dress_prompts
+from .dressing import dress_prompts, holding
 from .errors import UserError
 from .nll import evaluating
 
@@ -80,7 +80,7 @@ def generate(
             if temperature > 0:
                 sampler = Sampler(members, room[members[0]], temperature=temperature, top_p=top_p, seed=seed)
             stream = Stream(members, set(stop_ids), on_token) if on_token else None
-            with routed:
+            with routed, holding(model):
                 asked = [prompts[i] for i in members]
                 new_BN = extend(
                     model,

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .data.examples import Example
-from .dressing import dress
+from .dressing import dress, holding
 from .errors import DataError, NonFinite
 from .nll import evaluating, token_nll
 from .packing import TOKENS, pack
@@ -62,7 +62,7 @@ def held_out(
     device = next(model.parameters()).device
     nats = torch.zeros(len(examples), dtype=torch.float64)
     targets = torch.zeros(len(examples), dtype=torch.int64)
-    with evaluating(model):
+    with evaluating(model), holding(model):
         for batch in pack(dress(model, examples), micro_tokens=micro_tokens, packing=packing, pad_id=pad_id):
             nll_L, index_L = token_nll(model, batch.to(device))
             member_L = batch.token.flatten()[index_L.cpu()] // TOKENS
