@@ -43,6 +43,7 @@ from loraloom.kernels.twin import path_of
 from loraloom.optim import make_optimizer, set_rates
 from loraloom.packing import Batch, pack
 from loraloom.quant import stored_bytes
+from loraloom.refusals import refuse
 from loraloom.shapes import published
 from loraloom.skeleton import make_shape
 from loraloom.step import train_step
@@ -109,6 +110,10 @@ class Bench:
         try:
             adapter = adapters.add("default", spec, blank=blank)
             if blank:
+                for (
+                    site
+                ) in adapter.sites.values():  # a blank adapter may stand where training could not start
+                    refuse(site.method, spec, self.model, site.layer)
                 fill(adapter)
             adapter.ready = True
             adapters.train()

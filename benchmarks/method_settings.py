@@ -10,8 +10,6 @@ import torch
 from loraloom import methods
 from loraloom.adapt import Adapters
 from loraloom.adapter import AdapterSpec
-from loraloom.errors import UserError
-from loraloom.incoming import quantize_model
 from loraloom.methods.base import Method
 from loraloom.skeleton import meta_model
 from loraloom.trace import Shapes
@@ -57,9 +55,5 @@ def counted(name: str, r: int, shape: Any) -> int:
     model, spec = meta_model(shape, dtype=torch.bfloat16), spec_of(name, r, shape.num_hidden_layers)
     with torch.device("meta"), Shapes():
         adapters = Adapters(model)
-        try:
-            adapters.add("default", spec, blank=True)
-        except UserError:  # of a method that is for 4-bit bases alone
-            quantize_model(model)
-            adapters.add("default", spec, blank=True)
+        adapters.add("default", spec, blank=True)
     return sum(p.numel() for p in adapters.parameters())

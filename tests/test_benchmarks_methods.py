@@ -33,7 +33,7 @@ method_figure, method_settings, method_study, method_tables = (
         ("adapterh", 32 * 2 * (2 * 4096 * 16 + 16 + 4096)),  # the LoRA paper, section 5.1
         ("prefix_layer", 32 * 4096 * 8),
         ("full", 6_738_415_616),  # Llama-2-7B's published size
-        ("loftq", 32 * 16 * (4 * (4096 + 4096) + 3 * (4096 + 11008))),  # on a base in 4 bits
+        ("loftq", 32 * 16 * (4 * (4096 + 4096) + 3 * (4096 + 11008))),
     ],
 )
 def test_parameters_are_counted_on_the_whole_model(name: str, count: int):

@@ -64,10 +64,13 @@ class Adapters:
 
     # ---- adapters come and go ---------------------------------------------------------------------------
 
-    def add(self, name: str, spec: AdapterSpec, *, blank: bool = False) -> Adapter:
+    def add(
+        self, name: str, spec: AdapterSpec, *, blank: bool = False, starting: bool | None = None
+    ) -> Adapter:
         """Make an adapter and put it in use, alone. The model computes what it did before.
 
-        blank  its tensors will be filled from a file: what would be computed from weights is only allocated
+        blank     its tensors will be filled from a file: what would be computed from weights is only allocated
+        starting  whether training starts with it, which some methods cannot do everywhere; not blank if None
 
         raises  UserError if the name is taken, or a setting does not fit the model
         """
@@ -80,16 +83,16 @@ class Adapters:
                 f"there is an adapter named {name!r} already" if name else "an adapter needs a name"
             )
         try:
-            self.adapters[name] = self._make(name, spec, blank)
+            self.adapters[name] = self._make(name, spec, blank, not blank if starting is None else starting)
         except BaseException:
             self._forget(name)
             raise
         self.use(name)
         return self.adapters[name]
 
-    def _make(self, name: str, spec: AdapterSpec, blank: bool) -> Adapter:
+    def _make(self, name: str, spec: AdapterSpec, blank: bool, starting: bool) -> Adapter:
         self.flow.seeds[name] = seed_of(spec.seed, name="dropout")
-        return make_adapter(self._forwards, name, spec, device=self.device, blank=blank)
+        return make_adapter(self._forwards, name, spec, device=self.device, blank=blank, starting=starting)
 
     def remove(self, name: str) -> None:
         """Take an adapter off the model; a module that carries none any more gets its own forward back."""
@@ -122,6 +125,10 @@ class Adapters:
     @property
     def active(self) -> tuple[str, ...]:
         return self.flow.active
+
+    def inserts(self, name: str) -> tuple[int, int]:
+        """How many tokens of its own an adapter puts before a text, and before its last answer."""
+        return self.adapters[name].method.inserts()
 
     def use(self, *names: str | None) -> None:
         """Switch to these adapters, summed; to none at all without a name. Costs nothing: no weight moves.

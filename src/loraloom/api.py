@@ -175,6 +175,7 @@ def go(shop: Workshop, run: Run, progress: Progress, listen: Listener) -> Run:
         host=platform.node(),
         data_digest=shop.data_digest(),
         message=None,
+        mergeable=method_of(shop).mergeable,
         **counts,
     )
     listen("workshop", shop)

@@ -41,10 +41,13 @@ class Progress:
     best_step: int | None = None
     waited: int = 0  # evaluations since the best one
 
-    def note(self, loss: float) -> bool:
-        """Take in a held-out loss; returns whether it is the best so far."""
+    def note(self, loss: float, *, base: float | None = None) -> bool:
+        """Take in a held-out loss; returns whether it is the best so far.
+
+        base  that of the base, where the method does not start from it
+        """
         if self.step == 0:
-            self.base_loss = loss
+            self.base_loss = loss if base is None else base
         if self.best_loss is None or loss < self.best_loss:
             self.best_loss, self.best_step, self.waited = loss, self.step, 0
             return True
@@ -151,20 +154,25 @@ def product_norm(pair: Any) -> float:
 
 def state_of(shop: Workshop) -> dict[str, torch.Tensor]:
     """Every tensor that training moves, on the CPU, by name."""
-    tensors = {
-        f"adapter|{name}|{key}": tensor.detach().cpu().clone().contiguous()
-        for name, adapter in shop.adapters.adapters.items()
-        for key, tensor in adapter.named_tensors()
-    }
-    for name in shop.adapters.names:
-        for key, tensor in shop.adapters.overlaid(name):
-            tensors[f"whole|{name}|{key}"] = tensor.detach().cpu().clone().contiguous()
+    tensors = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in own_tensors(shop).items()}
     moments = state_tensors(shop.optimizer, shop.adapters.named_parameters())
     tensors |= {f"optimizer|{key}": tensor for key, tensor in moments.items()}
     tensors["random|cpu"] = torch.get_rng_state()
     if shop.loaded.device.type == "cuda":
         tensors["random|cuda"] = torch.cuda.get_rng_state(shop.loaded.device)
     return tensors
+
+
+def own_tensors(shop: Workshop) -> dict[str, torch.Tensor]:
+    """The adapters' tensors by name; one that several layers share stands under its first name alone."""
+    adapters = shop.adapters
+    named: dict[int, tuple[str, torch.Tensor]] = {}
+    for name, adapter in adapters.adapters.items():
+        for key, tensor in adapter.named_tensors():
+            named.setdefault(id(tensor), (f"adapter|{name}|{key}", tensor))
+        for key, tensor in adapters.overlaid(name):
+            named.setdefault(id(tensor), (f"whole|{name}|{key}", tensor))
+    return dict(named.values())
 
 
 def restore(shop: Workshop, folder: Path) -> Progress:
@@ -179,19 +187,15 @@ def restore(shop: Workshop, folder: Path) -> Progress:
         raise UserError(
             f"{folder} is no whole checkpoint: {error}", hint="remove it, to go on from the one before it"
         ) from None
-    now = state_of(shop)
     kept = {key: value for key, value in tensors.items() if not key.startswith(("optimizer|", "random|"))}
-    wanted = {key: value for key, value in now.items() if not key.startswith(("optimizer|", "random|"))}
+    wanted = own_tensors(shop)
     wrong = list(kept.keys() ^ wanted.keys())
     wrong += [key for key in kept.keys() & wanted.keys() if kept[key].shape != wanted[key].shape]
     if wrong:
         raise UserError(f"{folder} is of a run with other settings", details=sorted(wrong)[:10])
     with torch.no_grad():
-        for name, adapter in shop.adapters.adapters.items():
-            for key, tensor in adapter.named_tensors():
-                tensor.copy_(tensors[f"adapter|{name}|{key}"])
-            for key, tensor in shop.adapters.overlaid(name):
-                tensor.copy_(tensors[f"whole|{name}|{key}"])
+        for key, tensor in wanted.items():
+            tensor.copy_(tensors[key])
     moments = {
         key.removeprefix("optimizer|"): t for key, t in tensors.items() if key.startswith("optimizer|")
     }

@@ -77,7 +77,9 @@ class TrainView:
         self.best = record["loss"] if better else self.best
         if self.bar is not None:
             self.bar.refresh()
-        mark = "best so far" if better and record["step"] else "the base" if not record["step"] else ""
+        mark = "best so far" if better and record["step"] else "" if record["step"] else "the base"
+        if "base" in record:
+            mark = f"before the first step; the base {record['base']:.4f}"
         err.print(f" eval at step {record['step']}: held-out loss {record['loss']:.4f}  {mark}".rstrip())
 
     def on_sample(self, record: dict[str, Any]) -> None:
@@ -98,6 +100,7 @@ def facts(shop: Any) -> list[tuple[str, str]]:
     trainable = sum(p.numel() for p in shop.adapters.parameters())
     total = sum(p.numel() for p in shop.model.parameters())
     layers = len(next(iter(shop.adapters.adapters.values())).sites)
+    ranks = "" if config.r == "auto" else f"r {config.r}  alpha {shown_alpha(config)}  "
     train = config.train
     batch = f"{train.batch_tokens} tokens" if train.batch_tokens else f"{train.batch_size} examples"
     return [
@@ -109,7 +112,7 @@ def facts(shop: Any) -> list[tuple[str, str]]:
         ),
         (
             "method",
-            f"{config.method['name']}  r {config.r}  alpha {shown_alpha(config)}  {layers} layers, "
+            f"{config.method['name']}  {ranks}{layers} layers, "
             f"{trainable:,} of {total:,} weights ({trainable / total:.2%})",
         ),
         (
@@ -140,9 +143,9 @@ def show_run(run: Any) -> None:
     err.print(f" Adapter  {run.adapter_path}")
     if (run.path / "report.html").is_file():
         err.print(f" Report   {run.path / 'report.html'}")
-    err.print(
-        f" Next     loraloom eval {run.path}  ·  loraloom chat {run.path}  ·  loraloom merge {run.path} OUT"
-    )
+    verbs = [f"loraloom eval {run.path}", f"loraloom chat {run.path}"]
+    verbs += [f"loraloom merge {run.path} OUT"] if state.get("mergeable", True) else []
+    err.print(f" Next     {'  ·  '.join(verbs)}")
 
 
 def show_merge(result: Any) -> None:

@@ -28,6 +28,7 @@ class Adapters(Protocol):
 
     def disabled(self) -> AbstractContextManager[Any]: ...
     def routed(self, rows: Sequence[str | None], /) -> AbstractContextManager[Any]: ...
+    def inserts(self, name: str, /) -> tuple[int, int]: ...
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,10 @@ def generate(
         raise ValueError("names needs adapters, and one name for each prompt")
     if names is None:
         prompts = dress_prompts(model, prompts)
+    elif adapters is not None and any(any(adapters.inserts(name)) for name in names if name is not None):
+        raise UserError(
+            "an adapter with prefix tokens cannot answer beside others", hint="ask one adapter at a time"
+        )
     room = allowances(prompts, max_new_tokens, context_length(model))
     answers: dict[int, Answer] = {}
     with evaluating(model), own_settings(model), contiguous_head(model):
@@ -81,10 +86,9 @@ def generate(
                 sampler = Sampler(members, room[members[0]], temperature=temperature, top_p=top_p, seed=seed)
             stream = Stream(members, set(stop_ids), on_token) if on_token else None
             with routed, holding(model):
-                asked = [prompts[i] for i in members]
                 new_BN = extend(
                     model,
-                    asked if names is None else dress_prompts(model, asked),
+                    [prompts[i] for i in members],
                     num_new=room[members[0]],
                     stop_ids=list(stop_ids),
                     pad_id=pad_id,

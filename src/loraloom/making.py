@@ -8,27 +8,34 @@ import torch
 from torch import nn
 
 from .adapter import Adapter, AdapterSpec, check_patterns, init_sites, place, seed_of
-from .errors import UserError, did_you_mean
+from .errors import UserError
 from .forwards import Forwards
 from .layers import Layer, view
 from .methods.base import Method, Site
 from .refusals import refuse
-from .targets import Target, select
+from .targets import Target, modules_named, select
 
 
 def make_adapter(
-    forwards: Forwards, name: str, spec: AdapterSpec, *, device: torch.device | None, blank: bool = False
+    forwards: Forwards,
+    name: str,
+    spec: AdapterSpec,
+    *,
+    device: torch.device | None,
+    blank: bool,
+    starting: bool,
 ) -> Adapter:
     """The adapter of these settings, its parts in place on the model.
 
-    device  of its tensors, each layer's own if None
-    blank   its tensors will be filled from a file: only their shapes are made
+    device    of its tensors, each layer's own if None
+    blank     its tensors will be filled from a file: only their shapes are made
+    starting  whether training starts with it
 
     raises  UserError for a setting that does not fit the model; some parts may be in place then
     """
     model, method = forwards.model, spec.make()
     spec = spec.settled()
-    refuse(method, spec, model, starting=not blank)
+    refuse(method, spec, model, starting=starting)
     saved = modules_named(model, spec.modules_to_save)
     targets = []
     if spec.target_modules != "auto":  # a method that sits on no layer leaves it so
@@ -39,7 +46,7 @@ def make_adapter(
         forwards.overlay(part).add(name, None, {}, device)
     wanted = {"biases": "all", "everything": "everything"}.get(whole, spec.bias)
     train_whole(forwards, name, wanted, {target.name for target in targets}, saved, device)
-    sites = make_sites(forwards, name, spec, method, targets, device=device, blank=blank)
+    sites = make_sites(forwards, name, spec, method, targets, device=device, blank=blank, starting=starting)
     if not sites and not any(name in overlay.p for overlay in forwards.overlays.values()):
         hint = (
             "it has no biases: set method.add_missing=true" if whole == "biases" else "look at rank_pattern"
@@ -58,6 +65,7 @@ def make_sites(
     *,
     device: torch.device | None,
     blank: bool,
+    starting: bool,
 ) -> dict[str, Site]:
     """The method's tensors on every target, and the banks told of them."""
     chosen: list[tuple[Target, Layer, Method]] = []
@@ -66,7 +74,7 @@ def make_sites(
         layer = layer_of(forwards, target) if own is not None else None
         own = own.at(layer) if own is not None and layer is not None else None
         if own is not None and layer is not None:
-            refuse(own, spec, forwards.model, layer, starting=not blank)
+            refuse(own, spec, forwards.model, layer, starting=starting)
             chosen.append((target, layer, own))
     methods, layers = [own for _, _, own in chosen], [layer for _, layer, _ in chosen]
     gens = [torch.Generator().manual_seed(seed_of(spec.seed, name=target.key)) for target, _, _ in chosen]
@@ -117,22 +125,3 @@ def train_whole(
             own = [leaf for leaf in own if leaf == "bias"]
         if own:
             forwards.overlay(name).add(adapter, own, copies, device)
-
-
-def modules_named(model: nn.Module, wanted: Sequence[str]) -> list[str]:
-    """The full names of the modules to train whole.
-
-    raises  UserError if one matches nothing, or has no parameters
-    """
-    found = []
-    for entry in [wanted] if isinstance(wanted, str) else wanted:
-        names = [n for n, _ in model.named_modules() if n and (n == entry or n.endswith("." + entry))]
-        names = [n for n in names if any(True for _ in model.get_submodule(n).parameters())]
-        if not names:
-            full = {n.rpartition(".")[0] for n, _ in model.named_parameters()}
-            leaves = sorted({n.rpartition(".")[2] for n in full if n})
-            raise UserError(
-                f"modules_to_save: {entry!r} is no module with weights", hint=did_you_mean(entry, leaves)
-            )
-        found += names
-    return found

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .adapt import Adapters
 from .adapter import Adapter
-from .config import RunConfig, TrainConfig
+from .config import RunConfig, TrainConfig, with_values
 from .errors import UserError
 from .incoming import quantize_model
 from .kernels.matmul_frozen import release_buffers
@@ -39,7 +39,7 @@ from .skeleton import decoder_layers, meta_model, num_layers, text_config
 from .step import train_step
 from .targets import layer_number
 from .trace import BACKWARD, Shapes, Tape, in_backward
-from .workshop import checkpoint_layers, spec_of
+from .workshop import any_ids, checkpoint_layers, spec_of
 
 # What torch takes beside tensors: a workspace of cuBLAS for each of two threads, forward and backward.
 CUBLAS = 2 * 32 * 2**20  # of Hopper: parseChosenWorkspaceSize in CUDABlas.cpp of torch 2.11
@@ -180,7 +180,10 @@ class Predictor:
         rig, tape = self.rig(layers), Tape()
         release_buffers()
         tape.hold([*rig.model.parameters(), *rig.model.buffers()], "base")
-        tape.hold(rig.adapters.parameters(), "adapters")
+        frozen = [
+            tensor for _, tensor in rig.adapter.named_tensors()
+        ]  # of the method's own, beside what trains
+        tape.hold([*rig.adapters.parameters(), *frozen], "adapters")
         tape.hold(rig.optimizer.state, "optimizer")
         parameters = rig.adapters.parameters()
 
@@ -217,7 +220,9 @@ def build(config: RunConfig, shape: Any, layers: int) -> Rig:
         )
     adapters = Adapters(model)
     with torch.device("meta"), Shapes():
-        adapter = adapters.add("default", spec_of(config), blank=True)
+        adapter = adapters.add(
+            "default", spec_of(with_values(config, any_ids(config))), blank=True, starting=True
+        )
     RECOMPUTE[tier(config)](model)
     adapters.train()
     return Rig(model, adapters, adapter, StandIn(adapters.groups(1.0), config.train))

@@ -58,7 +58,8 @@ def prepare(
     """
     name = name or adapters.active[0]
     adapter = adapters.adapters[name]
-    if adapter.ready:
+    if adapter.ready or not adapter.sites:
+        adapter.ready = True
         return {}
     if adapter.method.needs == "originals":
         found = from_originals(adapter, originals)
@@ -66,6 +67,9 @@ def prepare(
         probe(adapters, adapter, batches, progress=progress)
         found = look(adapters, adapter, batches, progress=progress, budget=budget)
     changes, tensors = adapter.method.begin(adapter.sites, found)
+    if "rank_pattern" in changes:  # layers that were left out stay so
+        out = {pattern: 0 for pattern, r in adapter.spec.rank_pattern.items() if r == 0}
+        changes["rank_pattern"] = out | changes["rank_pattern"]
     if changes or adapter.method.probes()[1]:
         adapters.remove(name)
         adapter = adapters.add(name, replace(adapter.spec, **changes))
@@ -191,7 +195,7 @@ class Watch:
         layer = self.sites[key].layer
         if self.needs != "inputs":
             return key
-        return f"{input_group(layer.name)} {layer.in_features}"
+        return f"{input_group(layer.name)} {layer.in_features} r={self.sites[key].method.r}"
 
     @contextmanager
     def hooks(self) -> Iterator[None]:

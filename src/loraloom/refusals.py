@@ -17,7 +17,7 @@ from .errors import UserError
 from .layers import BlockLayer, EmbeddingLayer, Layer
 from .methods.base import Method, NotMergeable
 from .quant import Weight4
-from .targets import as_entries
+from .targets import as_entries, input_embedding, modules_named
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,13 @@ class Asked:
     @property
     def embedding(self) -> bool:
         return isinstance(self.layer, EmbeddingLayer)
+
+    @property
+    def saves_embedding(self) -> bool:
+        """Whether the table of tokens, or what holds it, is to be trained whole."""
+        table = input_embedding(self.model)
+        saved = modules_named(self.model, self.spec.modules_to_save)
+        return any(part is table for name in saved for part in self.model.get_submodule(name).modules())
 
     @property
     def in_4_bits(self) -> bool:
@@ -163,6 +170,34 @@ REFUSALS = [
         "leave the embedding out of target_modules",
     ),
     Refusal(
+        ("loradrop",),
+        "an embedding",
+        lambda asked: asked.embedding,
+        "its probe measures updates of hidden states, and an embedding reads ids",
+        "leave the embedding out of target_modules",
+    ),
+    Refusal(
+        ("alora",),
+        "bias, modules_to_save",
+        lambda asked: asked.spec.bias != "none" or bool(asked.spec.modules_to_save),
+        "what is trained whole works on every token, and this method only from its invocation on",
+        "leave them out",
+    ),
+    Refusal(
+        (*PREFIXES, "lora_prefix"),
+        "the embedding among modules_to_save",
+        lambda asked: asked.saves_embedding,
+        "its tokens stand beside the table's own",
+        "leave the embedding out of modules_to_save",
+    ),
+    Refusal(
+        ("lora_prefix",),
+        "rank 0 in rank_pattern",
+        lambda asked: 0 in asked.spec.rank_pattern.values(),
+        "a pattern could leave out the places of its tokens, which then had no vectors",
+        "give the other layers a rank of 1 or more",
+    ),
+    Refusal(
         ("pissa", "milora", "olora", "loftq", "loraxs", "corda", "loraone"),
         "a rank above the layer's smaller side",
         lambda asked: asked.rank_over(1),
@@ -180,6 +215,7 @@ REFUSALS = [
 
 # Methods whose effect is not a change of W, and why.
 UNMERGEABLE = {
+    "bitfit": "the base has no biases to put the new ones in",
     "alora": "it works only from its invocation on, and a merged weight works on every token",
     "adapterh": "a bottleneck's nonlinearity is not a change of W",
     "adapterl": "a bottleneck's nonlinearity is not a change of W",

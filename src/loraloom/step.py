@@ -153,6 +153,7 @@ def check_gradients(adapters: Adapters) -> None:
     dead = [
         key
         for adapter in active(adapters)
+        if not adapter.method.per_token  # its tokens may stand in later steps alone
         for key, site in adapter.sites.items()
         if site.trainable and not any(p.grad is not None and bool(p.grad.any()) for p in site.trainable)
     ]

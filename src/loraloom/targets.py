@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .errors import UserError, nearest
+from .errors import UserError, did_you_mean, nearest
 from .fused import LEAVES, rows_by_role
 from .layers import is_linear, kind_of, view
 
@@ -153,6 +153,25 @@ def by_role(model: nn.Module, modules: dict[str, nn.Module], role: str) -> list[
             table = rows_by_role(getattr(model, "config", None), leaf, view(module, name).out_features)
             if table is not None:
                 found.append(Target(name, role, table[role]))
+    return found
+
+
+def modules_named(model: nn.Module, wanted: Sequence[str]) -> list[str]:
+    """The full names of the modules to train whole.
+
+    raises  UserError if one matches nothing, or has no parameters
+    """
+    found = []
+    for entry in [wanted] if isinstance(wanted, str) else wanted:
+        names = [n for n, _ in model.named_modules() if n and (n == entry or n.endswith("." + entry))]
+        names = [n for n in names if any(True for _ in model.get_submodule(n).parameters())]
+        if not names:
+            full = {n.rpartition(".")[0] for n, _ in model.named_parameters()}
+            leaves = sorted({n.rpartition(".")[2] for n in full if n})
+            raise UserError(
+                f"modules_to_save: {entry!r} is no module with weights", hint=did_you_mean(entry, leaves)
+            )
+        found += names
     return found
 
 

@@ -12,13 +12,13 @@ import torch
 
 from .checkpoint import Progress, save_best, save_checkpoint
 from .dressing import dress
-from .heldout import held_out
+from .heldout import Loss, held_out
 from .optim import rate_factor, set_rates, warmup_steps
 from .packing import pack
 from .rundir import Run
 from .samples import answer_prompts
 from .step import StepStats, check_gradients, train_step
-from .workshop import Workshop
+from .workshop import Workshop, method_of
 
 
 def train_loop(shop: Workshop, run: Run, progress: Progress, listen: Callable[[str, Any], None]) -> str:
@@ -81,26 +81,25 @@ def evaluate_now(shop: Workshop, run: Run, progress: Progress, listen: Callable[
     """The held-out loss and the sampled answers; the best adapter so far is kept."""
     began = time.monotonic()
     shop.adapters.eval()
+    base: dict[str, float] = {}
+    if progress.step == 0 and shop.evaluates and not method_of(shop).identity:
+        with shop.adapters.disabled():
+            base = {"base": measure(shop).mean}
     try:
         with shop.adapters.hold():
             if shop.evaluates:
-                loss = held_out(
-                    shop.model,
-                    shop.eval,
-                    pad_id=shop.pad_id,
-                    micro_tokens=shop.micro_tokens,
-                    packing=shop.packing,
-                )
+                loss = measure(shop)
                 record = {
                     "kind": "eval",
                     "step": progress.step,
                     "loss": loss.mean,
                     "targets": loss.targets,
                     "seconds": time.monotonic() - began,
+                    **base,
                 }
                 run.log(record)
                 listen("eval", record)
-                if progress.note(loss.mean):
+                if progress.note(loss.mean, base=base.get("base")):
                     save_best(shop, run, progress)
             for sample in answer_prompts(shop):
                 entry = {"step": progress.step, **sample}
@@ -108,6 +107,17 @@ def evaluate_now(shop: Workshop, run: Run, progress: Progress, listen: Callable[
                 listen("sample", entry)
     finally:
         shop.adapters.train()
+
+
+def measure(shop: Workshop) -> Loss:
+    """The held-out loss of the model as it is now."""
+    return held_out(
+        shop.model,
+        shop.eval,
+        pad_id=shop.pad_id,
+        micro_tokens=shop.micro_tokens,
+        packing=shop.packing,
+    )
 
 
 def step_record(step: int, stats: StepStats, lr: float, seconds: float) -> dict[str, Any]:

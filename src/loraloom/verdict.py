@@ -67,9 +67,7 @@ def trained(run: Run, outcome: Result) -> str:
 
 def method(config: RunConfig) -> str:
     """The method with its rank and scale, such as lora, r 16, alpha 32."""
-    return (
-        f"{config.method.get('name', 'lora')}, r {config.r}, alpha {shown_alpha(config)}"
-    )
+    return f"{config.method.get('name', 'lora')}, r {config.r}, alpha {shown_alpha(config)}"
 
 
 def end(run: Run, outcome: Result) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from . import methods
 from .adapt import Adapters
 from .adapter import AdapterSpec
 from .config import RunConfig, with_values
@@ -137,12 +138,12 @@ def build(
     raises  UserError, DataError: whatever of the settings, the data or the model does not fit
     """
     check_sources(config.data)  # a wrong path or method is said before a large model is loaded
-    kind = type(spec_of(config).make())
+    method = spec_of(config).make()
     loaded = load_model(config.model, keep=config.modules_to_save, offline=offline, progress=progress)
     prepared = prepare(
         config.data,
         loaded.tokenizer,
-        model_max_length=context_length(loaded.model) or UNLIMITED,
+        model_max_length=(context_length(loaded.model) or UNLIMITED) - sum(method.inserts()),
         seed=config.train.seed,
         cache=cache,
         progress=progress,
@@ -151,7 +152,7 @@ def build(
         raise DataError("no token of the training set carries loss", hint="look at `loraloom data`")
     if config.data.packing:
         refuse_leaks(loaded)
-    written = as_ids(config, kind, loaded.tokenizer)
+    written = as_ids(config, type(method), loaded.tokenizer)
     config = with_values(config, written)
     adapters = Adapters(loaded.model)
     adapter = adapters.add("default", spec_of(config), blank=not fresh)  # a checkpoint will fill it
@@ -207,6 +208,12 @@ def see_first(
     changes = prepare_method(adapters, batches, originals=originals, progress=progress)
     options = changes.pop("options", {})
     return changes | {f"method.{key}": options[key] for key in options.keys() - config.method.keys()}
+
+
+def any_ids(config: RunConfig) -> dict[str, Any]:
+    """The same as one id each, where there is no tokenizer and only shapes matter."""
+    kind = methods.find(config.method.get("name", "lora"))
+    return {f"method.{key}": [0] for key in kind.text_options if isinstance(config.method.get(key), str)}
 
 
 def as_ids(config: RunConfig, kind: type[Method], tokenizer: Any) -> dict[str, Any]:
@@ -267,7 +274,9 @@ def method_defaults(config: RunConfig) -> dict[str, Any]:
     entries = spec.target_modules
     if not isinstance(entries, str) and len(entries) == 1:
         entries = entries[0]
-    found = {"r": spec.r, "alpha": spec.alpha, "target_modules": entries}
+    found: dict[str, Any] = {"target_modules": entries}
+    if spec.make().ranked:
+        found |= {"r": spec.r, "alpha": spec.alpha}
     return {key: value for key, value in found.items() if getattr(config, key) == "auto" != value}
 
 

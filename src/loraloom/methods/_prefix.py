@@ -26,6 +26,7 @@ class Prefix(Method):
     prefix: int = option(8, "l_p: trained tokens before the text")
     infix: int = option(0, "l_i: trained tokens between the prompt and its last answer")
 
+    ranked: ClassVar[bool] = False
     own_places: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -84,6 +84,7 @@ class Method:
     # what must be seen before the first step (see `observe`): None, inputs, updates, gradients or originals
     needs: ClassVar[str | None] = None
     working: ClassVar[frozenset[str]] = frozenset()  # tensors only training needs: not in an adapter's files
+    ranked: ClassVar[bool] = True  # whether r and alpha mean anything to it
     own_places: ClassVar[bool] = False  # whether it alone decides where it sits
     text_options: ClassVar[tuple[str, ...]] = ()  # settings that are token ids, and may be given as text
     peft_type: ClassVar[str | None] = None  # how PEFT calls it in adapter_config.json, if it has it
@@ -103,6 +104,11 @@ class Method:
     def trains_whole(self) -> str:
         """What of the base's own parameters it trains in copies: none, biases or everything."""
         return "none"
+
+    @property
+    def identity(self) -> bool:
+        """Whether the model computes at the start what its base does."""
+        return not any(self.inserts())
 
     @property
     def mergeable(self) -> bool:

@@ -26,6 +26,7 @@ class BitFit(Method):
 
     learning_rate: ClassVar[float] = 1e-3
     rate_source: ClassVar[str] = "the upper end of the range that the BitFit paper searches, 1e-4 to 1e-3"
+    ranked: ClassVar[bool] = False
     own_places: ClassVar[bool] = True
 
     def auto_targets(self) -> tuple[str, ...]:

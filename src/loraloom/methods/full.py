@@ -21,6 +21,7 @@ from .base import Method
 class Full(Method):
     learning_rate: ClassVar[float] = 2e-5
     rate_source: ClassVar[str] = "a tenth of LoRA's: Schulman et al. 2025, LoRA Without Regret"
+    ranked: ClassVar[bool] = False
     own_places: ClassVar[bool] = True
 
     def auto_targets(self) -> tuple[str, ...]:

@@ -35,6 +35,10 @@ class LoftQ(LoRA):
     needs: ClassVar[str | None] = "originals"
     rate_source: ClassVar[str] = "LoRA's: the authors' scripts train both alike"
 
+    @property
+    def identity(self) -> bool:
+        return False
+
     def from_original(self, site: Site, w_OI: Tensor) -> Tensors:
         q_OI = site.layer.weight(torch.float32)
         lost = top(exact_svd(w_OI.to(q_OI) - q_OI), self.r)

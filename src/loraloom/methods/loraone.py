@@ -40,6 +40,10 @@ class LoRAOne(SeesGradients, LoRA):
     learning_rate: ClassVar[float] = 2e-5
     rate_source: ClassVar[str] = "the authors' code for Llama-2-7B, conf/model/llama.yaml"
 
+    @property
+    def identity(self) -> bool:
+        return False
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check("gamma", self.gamma, least=1e-9)

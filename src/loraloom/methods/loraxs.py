@@ -37,6 +37,10 @@ class LoRAXS(LowRank):
     learning_rate: ClassVar[float] = 4e-3
     rate_source: ClassVar[str] = "the authors' script for MetaMathQA with Mistral-7B, r = 64"
 
+    @property
+    def identity(self) -> bool:
+        return False
+
     def __post_init__(self) -> None:
         if self.which not in ("top", "bottom"):
             raise UserError(f"method.which is {self.which!r}", hint="it can be top or bottom")
