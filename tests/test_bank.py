@@ -21,6 +21,7 @@ from loraloom.adapt import Adapters, attach
 from loraloom.adapter import AdapterSpec
 from loraloom.errors import UserError
 from loraloom.kernels.dropout import keep_mask, keyed_dropout, mix, token_key
+from loraloom.methods.alora import ALoRA
 
 WIDE = {"rtol": 1e-12, "atol": 1e-12}
 ALL = ["q_proj", "v_proj", "down_proj", "lm_head", "embed_tokens"]
@@ -712,3 +713,16 @@ def test_a_method_that_chooses_tokens_does_so_in_the_first_held_step():
     assert torch.equal(first[0, :1], base[0, :1])
     assert torch.equal(first[1], base[1])
     assert not torch.equal(first[0, 1:], base[0, 1:])
+
+
+def test_an_invocation_counts_within_its_own_document():
+    """Two documents in a row: the run of ids must not cross their border, and reaches to the end of its own."""
+    method = ALoRA(invocation=[7, 8])
+    ids = torch.tensor([[1, 7, 8, 2, 7, 8, 3, 5, 5, 7], [8, 7, 8, 1, 1, 1, 1, 1, 7, 8]])
+    position = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 0, 1, 2, 3, 4]])
+    on = method.token_mask(ids, position)
+    assert on[0].tolist() == [False, True, True, True, True, False, False, False, False, False]
+    assert on[1].tolist() == [False, True, True, True, True, False, False, False, True, True]
+    whole = method.token_mask(ids, None)
+    assert whole[0].tolist() == [False] * 4 + [True] * 6
+    assert whole[1].tolist() == [False] * 8 + [True] * 2

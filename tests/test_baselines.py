@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from peft import PromptTuningConfig, get_peft_model
 
-from loraloom import methods
+from loraloom import layers, methods
 from loraloom.adapt import Adapters, AdapterSpec, attach
 from loraloom.dressing import dress, dress_prompts, with_tokens
 from loraloom.errors import UserError
@@ -99,11 +99,12 @@ def test_bitfit_trains_every_bias_and_full_every_weight(gpt3):
 # ---- what they compute --------------------------------------------------------------------------------------
 
 
-def test_adapter_h_by_its_equation():
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_adapter_h_by_its_equation(activation):
     """Both places of a block, by hand on a GPT-2 block: attention, adapter, residual, mlp, adapter, residual."""
     model = wide("gpt2")
     plain = copy.deepcopy(model)
-    adapters = attach(model, "adapterh", r=3, options={"activation": "relu"})
+    adapters = attach(model, "adapterh", r=3, options={"activation": activation})
     p = widened(adapters)
     ids = tiny.ids()
     h = plain.transformer.wte(ids) + plain.transformer.wpe(torch.arange(ids.shape[1]))
@@ -115,15 +116,16 @@ def test_adapter_h_by_its_equation():
         )
         a = torch.softmax(q @ k.mT / 2 + mask, -1) @ v
         a = block.attn.c_proj(a.transpose(1, 2).flatten(2))
-        h = h + a + bottleneck(a, p, f"transformer.h.{i}.attn.c_proj")
+        h = h + a + bottleneck(a, p, f"transformer.h.{i}.attn.c_proj", activation)
         m = block.mlp(block.ln_2(h))
-        h = h + m + bottleneck(m, p, f"transformer.h.{i}.mlp.c_proj")
+        h = h + m + bottleneck(m, p, f"transformer.h.{i}.mlp.c_proj", activation)
     truth = plain.lm_head(plain.transformer.ln_f(h))
     torch.testing.assert_close(model(ids).logits, truth, **SUM)
 
 
-def bottleneck(y, p, name):
-    z = torch.relu(y @ p[f"{name}/W_down"].T + p[f"{name}/b_down"])
+def bottleneck(y, p, name, activation="relu"):
+    z = y @ p[f"{name}/W_down"].T + p[f"{name}/b_down"]
+    z = torch.relu(z) if activation == "relu" else z * 0.5 * (1 + torch.erf(z / 2**0.5))
     return z @ p[f"{name}/W_up"].T + p[f"{name}/b_up"]
 
 
@@ -195,6 +197,14 @@ def test_full_fine_tuning_is_training_the_model_itself():
     assert trained["lm_head.weight"] is trained["model.embed_tokens.weight"]
 
 
+def test_bitfit_gives_a_bias_only_where_there_is_none():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2, bias=False))
+    adapters = attach(model, "bitfit", add_missing=True)
+    assert list(adapters.adapters["default"].sites) == ["1"]
+    assert [name for name, _ in adapters.overlaid("default")] == ["0.bias"]
+    assert sum(p.numel() for p in adapters.parameters()) == 4 + 2
+
+
 # ---- prefixes -----------------------------------------------------------------------------------------------
 
 
@@ -237,6 +247,43 @@ def test_prefix_layers_replace_what_every_block_reads():
     torch.testing.assert_close(model(dressed).logits, plain.lm_head(plain.model.norm(h)), **SUM)
     assert len(p) == len(plain.model.layers)
     torch.testing.assert_close(model(ids).logits, plain(ids).logits, **SUM)  # nothing without its tokens
+
+
+@pytest.mark.parametrize("method", ["prefix_embedding", "prefix_layer"])
+def test_a_block_reads_the_trained_vector_to_the_last_bit(method):
+    """Beside large hidden states too: it replaces them, and is not the rounded sum of them and a difference."""
+    model = tiny.build("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight *= 1000
+    model = model.bfloat16()
+    adapters = attach(model, method, prefix=2)
+    with torch.no_grad():
+        for parameter in adapters.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 0.01)
+    seen: list[torch.Tensor] = []
+
+    def look(_, args, kwargs):
+        seen.append(args[0] if args else kwargs["hidden_states"])
+
+    for block in model.model.layers:
+        block.register_forward_pre_hook(look, with_kwargs=True)
+    model(torch.tensor([[50, 51, 9, 8]]))
+    for h, parameter in zip(seen, adapters.parameters()):
+        assert torch.equal(h[0, :2], parameter.bfloat16())
+
+
+def test_prefix_tokens_start_as_the_tables_own_rows_scaled_as_the_module_does():
+    class Scaled(torch.nn.Embedding):
+        embed_scale = 4.0
+
+        def forward(self, ids):
+            return super().forward(ids) * self.embed_scale
+
+    table = Scaled(11, 3)
+    layer = layers.view(table, "table")
+    p = methods.make("prefix_embedding", {"prefix": 2}).init(layer, torch.Generator().manual_seed(0))["P"]
+    rows = table(torch.arange(11))
+    assert all(any(torch.equal(vector, row) for row in rows) for vector in p)
 
 
 class Row:

@@ -74,7 +74,9 @@ def test_a_method_goes_through_every_verb(method, places, tmp_path):
     result = api.evaluate(whole.path, offline=True, max_new_tokens=3)
     [loss] = [row for row in result["rows"] if row["metric"] == "loss"]
     assert loss["tuned"]["value"] == pytest.approx(best_loss(whole), rel=1e-5)
-    said = "".join(api.converse(api.open_target(whole.path, offline=True), max_new_tokens=3).ask("what is 1 and 2"))
+    said = "".join(
+        api.converse(api.open_target(whole.path, offline=True), max_new_tokens=3).ask("what is 1 and 2")
+    )
     assert isinstance(said, str)
 
     mergeable = spec_of(whole.config).make().mergeable

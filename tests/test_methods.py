@@ -460,7 +460,10 @@ def test_twenty_steps_bring_the_loss_down(method, case):
     goal = output(far, x).detach()
     host = host_of(case)
     adapters = attach(host, **settings(method, case))
-    rate = 100 * max(2e-4, methods.find(method).learning_rate)  # some methods' own is twenty times LoRA's
+    method_rate = methods.find(method).learning_rate / getattr(methods.find(method), "lr_ratio", 1)
+    rate = (
+        100 * max(2e-4, method_rate) if method != "loraplus" else 100 * method_rate
+    )  # some take 20 times LoRA's
     optimizer = torch.optim.Adam(adapters.groups(rate if not case.whole else min(rate, 0.02)))
     losses = []
     for _ in range(20):
@@ -610,6 +613,17 @@ def test_lr_ratio_is_a_setting_of_lora_too():
         ({"method": "lore"}, "there is no method 'lore'; there are adalora, "),
         ({"rr": 3}, "method lora has no setting rr"),
         ({"lr_ratio": "high"}, "method.lr_ratio is 'high', which is not a number"),
+        ({"lr_ratio": -1}, "lr_ratio is -1.0"),
+        ({"options": {"r": 8}}, "method.r is no setting of a method"),
+        ({"method": "eva", "options": {"whiten": "maybe"}}, "method.whiten is 'maybe'"),
+        ({"method": "prefix_embedding", "options": {"prefix": 1.5}}, "method.prefix is 1.5"),
+        ({"method": "loradrop", "options": {"samples": 0}}, "samples is 0"),
+        ({"method": "alora", "options": {"invocation": 5}}, "invocation is 5"),
+        ({"method": "alora", "options": {"invocation": [1]}, "bias": "all"}, "alora cannot go with bias"),
+        (
+            {"method": "adalora", "options": {"target_r": 40}},
+            "adalora cannot go with a target_r of r or more",
+        ),
         ({"r": 0}, "r is 0"),
         ({"r": 2.5}, "r is 2.5"),
         ({"dropout": 1.0}, "dropout is 1.0"),

@@ -602,7 +602,7 @@ def test_a_folder_that_no_method_of_its_type_answers_for(folder, monkeypatch):
         ({"lora_alpha": None}, "alpha is None"),
         ({"bias": "some"}, "bias is 'some'"),
         ({"rank_pattern": {"(": 2}}, "rank_pattern: '(' is not a regular expression: "),
-        ({"modules_to_save": ["head"]}, "modules_to_save: 'head' is no module with weights"),
+        ({"modules_to_save": ["nothing"]}, "modules_to_save: 'nothing' is no module with weights"),
         ({"lora_dropout": "much"}, "dropout is 'much'"),
     ],
 )

@@ -197,6 +197,40 @@ def test_what_sees_other_tokens_is_refused_by_name():
         prepare.prepare(adapters, batches(packing=False)[:1])
 
 
+def test_layers_that_only_look_alike_have_statistics_of_their_own():
+    """q, k and v by name, but k reads something else (as the key and value of RWKV)."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, h):
+            return self.q_proj(h) + self.k_proj(h * 2) + self.v_proj(h)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.emb, self.attn, self.head = nn.Embedding(50, 4), Attention(), nn.Linear(4, 50)
+
+        def forward(self, input_ids):
+            return self.head(self.attn(self.emb(input_ids)))
+
+    adapters = attach(Net(), "spyinputs", r=2, target_modules=["q_proj", "k_proj", "v_proj"])
+    prepare.prepare(adapters, batches(packing=False))
+    q, k, v = (SEEN[f"attn.{name}_proj"]["x"] for name in "qkv")
+    torch.testing.assert_close(k, 2 * q)
+    assert torch.equal(q, v)
+
+
+def test_layers_left_out_stay_out_when_ranks_are_given_anew():
+    model = tiny.build("llama")
+    adapters = attach(model, "eva", r=2, options={"rho": 2.0}, rank_pattern={".*q_proj": 0})
+    changes = prepare.prepare(adapters, batches())
+    assert next(iter(changes["rank_pattern"].items())) == (".*q_proj", 0)
+    assert not any(key.endswith("q_proj") for key in adapters.adapters["default"].sites)
+
+
 # ---- LoRA-drop ----------------------------------------------------------------------------------------------
 
 

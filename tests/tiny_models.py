@@ -104,6 +104,9 @@ class FakeAdapters:
     def use(self, name: str | None) -> None:
         self.active = name
 
+    def inserts(self, name: str) -> tuple[int, int]:
+        return 0, 0
+
     @contextmanager
     def routed(self, names: list[str | None]) -> Iterator[None]:
         self.rows = list(names)

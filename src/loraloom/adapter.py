@@ -47,6 +47,9 @@ class AdapterSpec:
         if isinstance(self.dropout, bool | str) or not 0 <= self.dropout < 1:
             raise UserError(f"dropout is {self.dropout!r}", hint="it is a share from 0 up to, but not, 1")
         assert isinstance(spec.r, int)
+        for key in ("r", "alpha", "dropout"):
+            if key in self.options:
+                raise UserError(f"method.{key} is no setting of a method", hint=f"set {key} itself")
         common = {"r": spec.r, "alpha": alpha_of(spec.alpha, spec.r), "dropout": self.dropout}
         return methods.make(self.method, self.options | common)
 

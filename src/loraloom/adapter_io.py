@@ -39,6 +39,7 @@ from .adapter_files import (
     WEIGHTS,
     Record,
     broken,
+    is_peft_folder,
     read_config,
     read_record,
 )
@@ -149,6 +150,10 @@ def load_adapter(
     folder = Path(folder)
     record = read_record(folder)
     config = record.about if record is not None and record.form == ALONE else read_config(folder)
+    if record is not None and record.form == ALONE and is_peft_folder(folder):
+        raise UserError(
+            f"{folder} holds two adapters: another tool has written its own beside ours", hint=AS_PEFT
+        )
     if record is None or record.form != ALONE:
         type_of(config, folder)  # refuses what cannot be honoured
     tensors = read_files(folder, record, allow_pickle=allow_pickle)
@@ -157,7 +162,7 @@ def load_adapter(
     try:
         spec = own_spec(record, folder) or spec_of(adapters.model, config, folder)
         # numbers that will come from our file need not be computed; PEFT's files count on them
-        adapter = adapters.add(name, spec, blank=record is not None)
+        adapter = adapters.add(name, spec, blank=record is not None, starting=False)
         try:
             fill(adapters, adapter, record, tensors, folder, config)
         except BaseException:

@@ -133,12 +133,21 @@ class Bank:
             part = self.low_rank(x, segment, wx)
             u = part if u is None else u + part
         for k, site in compute.others:
-            part = self.apart(x, k, site, wx)
-            u = part if u is None else u + part
-        assert u is not None
-        if compute.gain is not None:
+            if not site.method.puts:
+                part = self.apart(x, k, site, wx)
+                u = part if u is None else u + part
+        if u is not None and compute.gain is not None:
             u = self.with_gain(u, wx, compute.gain)
-        return self.layer.unlast(wx + u)
+        return self.layer.unlast(self.put(x, wx if u is None else wx + u, compute))
+
+    def put(self, x: Tensor, y: Tensor, compute: Compute) -> Tensor:
+        """The output with what methods put in its place."""
+        for k, site in compute.others:
+            if site.method.puts:
+                p = {name: self.flow.casts(tensor, y.dtype) for name, tensor in site.p.items()}
+                new = site.method.put(site.layer, p, x, y)
+                y = new if self.flow.mask_BMK is None else torch.where(self.fit(new)[..., k : k + 1], new, y)
+        return y
 
     def entering(self, x: Tensor, compute: Compute | None) -> Tensor:
         """What the frozen layer reads: x, unless a method gives it something else."""
@@ -287,8 +296,9 @@ class BlockBank(Bank):
         h = output[0] if isinstance(output, tuple) else output
         assert isinstance(self.layer, BlockLayer)
         self.layer.ids = self.flow.ids_BT
-        u = sum(self.apart(h, k, site, h) for k, site in compute.others)
-        return (h + u, *output[1:]) if isinstance(output, tuple) else h + u
+        parts = [self.apart(h, k, site, h) for k, site in compute.others if not site.method.puts]
+        h = self.put(h, h + sum(parts) if parts else h, compute)
+        return (h, *output[1:]) if isinstance(output, tuple) else h
 
 
 def wide_segment(parts: list[tuple[int, Site, Pair]], many: bool) -> Segment:

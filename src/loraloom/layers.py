@@ -147,8 +147,11 @@ class EmbeddingLayer(Layer):
         return w_OI.T
 
     def down(self, x: Tensor, a_RI: Tensor) -> Tensor:
-        scale = getattr(self.module, "embed_scale", None)  # Gemma 3 scales inside its embedding
-        z = F.embedding(x, a_RI.T)
+        return self.scaled(F.embedding(x, a_RI.T))
+
+    def scaled(self, z: Tensor) -> Tensor:
+        """Rows as the module gives them: Gemma 3 scales inside its embedding."""
+        scale = getattr(self.module, "embed_scale", None)
         return z if scale is None else z * scale.to(z.dtype) if isinstance(scale, Tensor) else z * scale
 
     takes_dropout = False

@@ -154,8 +154,15 @@ def saved_modules(model: nn.Module, config: Mapping[str, Any]) -> list[str]:
     wanted = list(config.get("modules_to_save") or ())
     guessed = ("classifier", "score") if config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS") else ()
     names = [name for name, _ in model.named_modules()]
-    there = [entry for entry in wanted if any(matches(name, [entry]) for name in names)]
-    return list(dict.fromkeys(entry for entry in wanted if entry in there or entry not in guessed))
+    found: list[str] = []
+    for entry in wanted:
+        there = [name for name in names if name.endswith(entry)]  # PEFT's rule: a plain ending
+        exact = [name for name in there if matches(name, [entry])]
+        if there == exact:  # our own rule says the same, and the file may say it shorter
+            found += [entry] if there or entry not in guessed else []
+        else:
+            found += there
+    return list(dict.fromkeys(found))
 
 
 def present(patterns: Mapping[str, Any] | None, targets: list[str]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from .methods.base import LowRank, Method, Site
 from .peft_config import matches
 from .peft_tensors import PLAIN_LORA, by_module, export_rank, kept, pair_of, placed, whole
 from .peft_types import TYPES
-from .targets import is_tied
+from .targets import is_tied, modules_named
 
 # ---- which form ---------------------------------------------------------------------------------------------
 
@@ -96,7 +96,8 @@ def peft_settings(adapters: Adapters, adapter: Adapter, form: str = PEFT) -> dic
         "task_type": task_type(model),
         "inference_mode": True,
         "target_modules": target_list(model, list(scales)),
-        "modules_to_save": list(spec.modules_to_save) or None,
+        # full names: PEFT takes an entry for every module whose name ends so, "norm" for input_layernorm too
+        "modules_to_save": modules_named(model, spec.modules_to_save) or None,
         "fan_in_fan_out": any(isinstance(site.layer, Conv1DLayer) for site in adapter.sites.values()),
         **kind.plain,
         **own,

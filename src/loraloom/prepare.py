@@ -185,7 +185,8 @@ class Watch:
             self.modules.setdefault(site.layer.module, []).append(key)
         self.real_BT = self.labelled_BT = torch.empty(0)  # of the batch that runs
         self.unseen: set[nn.Module] = set()
-        self.seen_inputs: set[str] = set()
+        self.seen_inputs: dict[str, tuple[int, torch.Size]] = {}  # what was read, in the batch that runs
+        self.apart: set[str] = set()  # layers that do not read what others of their group read
 
     def store(self, key: str) -> Tensors:
         """The statistics of a layer; one for all that read the same input, where inputs are all that counts."""
@@ -193,7 +194,7 @@ class Watch:
 
     def store_name(self, key: str) -> str:
         layer = self.sites[key].layer
-        if self.needs != "inputs":
+        if self.needs != "inputs" or key in self.apart:
             return key
         return f"{input_group(layer.name)} {layer.in_features} r={self.sites[key].method.r}"
 
@@ -212,7 +213,7 @@ class Watch:
         for b, start, stop in batch.spans:
             self.real_BT[b, start:stop] = True
         self.labelled_BT = batch.labels != IGNORED
-        self.unseen, self.seen_inputs = set(self.modules), set()
+        self.unseen, self.seen_inputs = set(self.modules), {}
         model = self.adapters.model
         if self.needs == "gradients":
             with self.adapters.disabled():
@@ -250,9 +251,12 @@ class Watch:
             site = self.sites[key]
             layer = site.layer
             if self.needs == "inputs":
-                if self.store_name(key) in self.seen_inputs:
+                here, name = (x.data_ptr(), x.shape), self.store_name(key)
+                if self.seen_inputs.get(name) == here:
                     continue
-                self.seen_inputs.add(self.store_name(key))
+                if name in self.seen_inputs:  # as the key and value of RWKV
+                    self.apart.add(key)
+                self.seen_inputs[self.store_name(key)] = here
             x_TI = layer.inputs(x).flatten(0, -2)
             real_T, labelled_T = self.tokens(layer, x_TI)
             g_TO = None

@@ -170,11 +170,20 @@ REFUSALS = [
         "leave the embedding out of target_modules",
     ),
     Refusal(
+        ("adalora",),
+        "a target_r of r or more",
+        lambda asked: asked.layer is None and getattr(asked.method, "target_r", 0) >= asked.method.r,
+        "its budget falls from r to target_r, so nothing would be pruned",
+        "raise r, or lower method.target_r",
+        starting=True,
+    ),
+    Refusal(
         ("loradrop",),
-        "an embedding",
-        lambda asked: asked.embedding,
+        "an embedding, without method.kept",
+        lambda asked: asked.embedding and asked.method.needs is not None,
         "its probe measures updates of hidden states, and an embedding reads ids",
-        "leave the embedding out of target_modules",
+        "leave the embedding out of target_modules, or name the layers to keep",
+        starting=True,
     ),
     Refusal(
         ("alora",),

@@ -167,6 +167,7 @@ def build(
         batch_tokens=config.train.batch_tokens,
         seed=config.train.seed,
     )
+    adapter.method.check_steps(len(plan))
     decided = written | decide(config, adapter.method, len(plan), loaded)
     if config.train.micro_tokens == "fit":
         if fit is None or loaded.device.type != "cuda":

@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import fields
+from math import isfinite
 from typing import Any
 
 from ..errors import UserError, did_you_mean
@@ -55,19 +56,29 @@ def make(name: str, options: Mapping[str, Any]) -> Method:
         raise UserError(
             f"method {name} has no setting {', '.join(unknown)}", hint=did_you_mean(unknown[0], known)
         )
-    return kind(**{key: _number(kind, key, value) for key, value in options.items()})
+    return kind(**{key: _typed(kind, key, value) for key, value in options.items()})
 
 
-def _number(kind: type[Method], key: str, value: Any) -> Any:
-    """YAML reads 1e-4 as text; a setting whose default is a number takes it as one."""
+def _typed(kind: type[Method], key: str, value: Any) -> Any:
+    """A setting as its default's type asks: whole numbers, numbers (YAML reads 1e-4 as text), true or false.
+
+    raises  UserError for anything else
+    """
     default = next(item.default for item in fields(kind) if item.name == key)
-    if (
-        isinstance(default, bool)
-        or not isinstance(default, int | float)
-        or not isinstance(value, int | float | str)
-    ):
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise UserError(f"method.{key} is {value!r}", hint="it can be true or false")
+        return value
+    if not isinstance(default, int | float):
         return value
     try:
-        return type(default)(value) if float(value) == float(type(default)(value)) else float(value)
-    except ValueError:
+        number = float("nan") if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
         raise UserError(f"method.{key} is {value!r}, which is not a number") from None
+    if isinstance(default, float) and isfinite(number):
+        return number
+    if not number.is_integer():
+        raise UserError(
+            f"method.{key} is {value!r}", hint="it is a whole number" if isfinite(number) else None
+        )
+    return int(number)

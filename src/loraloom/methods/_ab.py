@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import UserError
 from ..layers import EmbeddingLayer, Layer
 from .base import Method, Site, Tensors, option, unique
 
@@ -18,6 +19,11 @@ class AB(Method):
     """A method that trains A (r, I) and B (O, r), whatever it does with them."""
 
     lr_ratio: float = option(1.0, "learning rate of B over that of A; above 1 this is LoRA+")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.lr_ratio > 0:
+            raise UserError(f"lr_ratio is {self.lr_ratio!r}", hint="it is above 0; 1 is one rate for both")
 
     def init(self, layer: Layer, gen: torch.Generator) -> Tensors:
         """A from U(-1/sqrt(I), 1/sqrt(I)) and B zero; on an embedding A zero and B from N(0, 1)."""

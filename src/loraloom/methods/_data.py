@@ -25,6 +25,7 @@ class SeesData(Method):
     samples: int = option(256, "examples looked at before the first step")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check("samples", self.samples, whole=True, least=1)
 
     def probes(self) -> tuple[int, int]:

@@ -26,6 +26,7 @@ class Prefix(Method):
     prefix: int = option(8, "l_p: trained tokens before the text")
     infix: int = option(0, "l_i: trained tokens between the prompt and its last answer")
 
+    puts: ClassVar[bool] = True
     ranked: ClassVar[bool] = False
     own_places: ClassVar[bool] = True
 
@@ -48,18 +49,18 @@ class Prefix(Method):
         if isinstance(layer, EmbeddingLayer):
             rows = torch.randint(layer.in_features, (count,), generator=gen)
             start = layer.whole_weight()[rows.to(layer.device)].float()
-            return {"P": nn.Parameter(start.clone())}
+            return {"P": nn.Parameter(layer.scaled(start).clone())}
         return {"P": nn.Parameter(torch.empty(count, layer.out_features).normal_(std=0.02, generator=gen))}
 
     def enter(self, layer: Layer, x: Tensor) -> Tensor:
         """Any token that the table has, in place of ours."""
         return x if isinstance(layer, BlockLayer) else x.where(x < layer.in_features, 0)
 
-    def update(self, layer: Layer, p: Tensors, x: Tensor, y: Tensor) -> Tensor:
-        """P - y at our tokens: the trained vector replaces what stands there."""
+    def put(self, layer: Layer, p: Tensors, x: Tensor, y: Tensor) -> Tensor:
+        """P at our tokens, in place of what stands there."""
         if isinstance(layer, BlockLayer):
             x, vocab = layer.ids_of_pass(), layer.vocab
         else:
             vocab = layer.in_features
         place = (x - vocab).clamp(min=0)
-        return torch.where((x >= vocab)[..., None], p["P"][place] - y, 0)
+        return torch.where((x >= vocab)[..., None], p["P"][place], y)

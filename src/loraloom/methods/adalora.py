@@ -65,6 +65,7 @@ class AdaLoRA(LoRA):
     peft_keys: ClassVar[Mapping[str, str]] = {"A": "lora_A", "B": "lora_B", "E": "lora_E"}
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("beta1", "beta2"):
             if not 0 < getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)!r}", hint="it is between 0 and 1")
@@ -120,6 +121,9 @@ class AdaLoRA(LoRA):
     def target(self) -> int:
         """Triplets left at the end, on average over layers."""
         return self.target_r or max(1, self.r * 2 // 3)
+
+    def check_steps(self, num_steps: int) -> None:
+        self.phases(num_steps)
 
     def phases(self, num_steps: int) -> tuple[int, int]:
         """t_i and T - t_f: the budget falls between them.

@@ -35,10 +35,13 @@ class ALoRA(LoRA):
     text_options: ClassVar[tuple[str, ...]] = ("invocation",)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.invocation:
             raise UserError(
                 "alora needs an invocation", hint="set method.invocation to a text of your prompts"
             )
+        if not isinstance(self.invocation, str | list | tuple):
+            raise UserError(f"invocation is {self.invocation!r}", hint="it is a text, or a list of token ids")
         if not isinstance(self.invocation, str):
             object.__setattr__(self, "invocation", tuple(self.invocation))
 
@@ -60,6 +63,8 @@ class ALoRA(LoRA):
         return (count_BT > before_BT) & (count_BT == at_end_BT)
 
     def peft_config(self) -> dict[str, Any]:
+        if isinstance(self.invocation, str):
+            raise UserError("method.invocation is text, and a file holds token ids", hint="encode it first")
         return {"alora_invocation_tokens": list(self.invocation)}
 
     @classmethod

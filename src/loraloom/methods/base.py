@@ -80,6 +80,7 @@ class Method:
 
     learning_rate: ClassVar[float] = 2e-4  # what train.learning_rate=auto means
     rate_source: ClassVar[str] = "QLoRA, section B.2, and the LoRA paper's GPT-3 runs"  # of that rate
+    puts: ClassVar[bool] = False  # whether `put` replaces outputs; there is no `update` then
     per_token: ClassVar[bool] = False  # whether `token_mask` chooses among tokens
     # what must be seen before the first step (see `observe`): None, inputs, updates, gradients or originals
     needs: ClassVar[str | None] = None
@@ -90,6 +91,9 @@ class Method:
     peft_type: ClassVar[str | None] = None  # how PEFT calls it in adapter_config.json, if it has it
     peft_keys: ClassVar[Mapping[str, str]] = {}  # our tensors' names to PEFT's, of each layer
     peft_shared: ClassVar[Mapping[str, str]] = {}  # the same of tensors that all layers share
+
+    def __post_init__(self) -> None:
+        """Checks of the method's own settings; each class asks the one above it first."""
 
     # ---- where it sits ----------------------------------------------------------------------------------
 
@@ -142,6 +146,10 @@ class Method:
     def inserts(self) -> tuple[int, int]:
         """How many tokens of its own it puts before a text, and before the text's last answer."""
         return 0, 0
+
+    def put(self, layer: Layer, p: Tensors, x: Tensor, y: Tensor) -> Tensor:
+        """y with what the method puts in its place, after every update; y itself as a rule."""
+        return y
 
     def enter(self, layer: Layer, x: Tensor) -> Tensor:
         """What the frozen layer is given in place of its input (prefix tokens that its table does not have)."""
@@ -213,6 +221,9 @@ class Method:
     def unpacked(cls, tensors: Tensors, config: Mapping[str, Any], whole: Mapping[str, Tensor]) -> Tensors:
         """The inverse of `packed`: a file's tensors in the shapes of `whole`, or as they are if they do not fit."""
         return tensors
+
+    def check_steps(self, num_steps: int) -> None:
+        """raises  UserError if the method's own schedule does not fit a run of so many steps"""
 
     # ---- in the step ------------------------------------------------------------------------------------
 

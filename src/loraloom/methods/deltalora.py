@@ -13,7 +13,7 @@ will do. It costs a second thin pair. The sum is a pair of 2r rows,
 
     (1 + lambda) B A - lambda B_K A_K = [B + lambda (B - B_K), lambda B_K] [A; A - A_K]
 
-of which the second part is exactly zero until K: up to there this is LoRA to the last bit.
+of which the second part is exactly zero until K: up to there the output is LoRA's to the last bit.
 
 source  Zi et al. 2023, arXiv:2309.02411; lambda = 2 and K = 500 are the main settings of the authors' code. The
         branch is ours: tests/test_step_methods.py compares it with a W that is moved in place
@@ -41,6 +41,7 @@ class DeltaLoRA(LoRA):
     rate_source: ClassVar[str] = "LoRA's; the paper tunes it per task"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.lam >= 0:
             raise UserError(f"lam is {self.lam!r}", hint="it is zero or more; zero is plain LoRA")
         if not isinstance(self.start, int) or self.start < 0:

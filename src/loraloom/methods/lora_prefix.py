@@ -30,6 +30,7 @@ class LoRAPrefix(LoRA):
     rate_source: ClassVar[str] = "LoRA's"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.kind not in ("embedding", "layer"):
             raise UserError(f"kind is {self.kind!r}", hint="it can be embedding or layer")
         self.tokens()

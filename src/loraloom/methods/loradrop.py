@@ -36,10 +36,15 @@ class LoRADrop(LoRA):
     rate_source: ClassVar[str] = "LoRA's"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.threshold <= 1:
             raise UserError(f"threshold is {self.threshold}", hint="it is a share above 0, at most 1")
         if self.probe_steps < 1:
             raise UserError(f"probe_steps is {self.probe_steps}", hint="before any step every update is zero")
+        if self.samples < 1:
+            raise UserError(f"samples is {self.samples}", hint="the probe must see at least one example")
+        if isinstance(self.kept, str):
+            raise UserError(f"kept is {self.kept!r}", hint="it is a list of layers")
         if self.kept is not None:
             object.__setattr__(self, "kept", tuple(self.kept))  # methods with equal settings must hash alike
 

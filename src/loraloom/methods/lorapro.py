@@ -42,6 +42,7 @@ class LoRAPro(LoRA):
     rate_source: ClassVar[str] = "LoRA's; the paper tunes it per task"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.x not in CHOICES:
             raise UserError(f"x is {self.x!r}", hint=f"it can be {', '.join(CHOICES)}")
 

@@ -42,6 +42,7 @@ class LoRAXS(LowRank):
         return False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.which not in ("top", "bottom"):
             raise UserError(f"method.which is {self.which!r}", hint="it can be top or bottom")
         if isinstance(self.niter, bool) or not isinstance(self.niter, int) or self.niter < 0:

@@ -42,6 +42,7 @@ class PiSSA(Offset):
     rate_source: ClassVar[str] = "the PiSSA paper, its setup for language models (table 2)"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not isinstance(self.niter, int) or self.niter < 0:
             raise UserError(f"method.niter is {self.niter!r}", hint="a whole number: 0 is exact, 16 is close")
 
