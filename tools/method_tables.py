@@ -88,20 +88,6 @@ def cost_notes(cost: Any) -> str:
     return " ".join(parts + failed)
 
 
-def short_steps() -> str:
-    """The ratio of a step's time for several short rows, beside that for a long one."""
-    cost = measured(COST)
-    labels = cost["batches"] if cost else []
-    if len(labels) < 2:
-        return NOT_YET
-    rows = []
-    for name, found in cost["methods"].items():
-        batches = found.get("bf16", {}).get("batches", {})
-        if all(label in batches for label in labels):
-            rows.append([f"`{name}`", *(f"{batches[label]['time_to_lora']:.2f}" for label in labels)])
-    return table(["method", *(f"{label} tokens" for label in labels)], rows, cost)
-
-
 def in_4_bits(name: str) -> str:
     """Whether the refusals let it on a 4-bit base, and on a dense one."""
     against = {row.what for row in REFUSALS if name in row.methods}
@@ -156,10 +142,11 @@ def learnt() -> str:
     study = measured(STUDY)
     if study is None:
         return NOT_YET
-    rows, notes = [], []
+    rows, notes, missing = [], list[str](), list[str]()
     for name, row in sorted(study["table"].items(), key=lambda item: by_size(item[1])):
         if "loss" not in row:
-            notes.append(f"`{name}` has no result: {'; '.join(row['errors']) or 'not run'}.")
+            missing.append(name)
+            notes += [f"`{name}` failed: {'; '.join(row['errors'])}."] if row["errors"] else []
             continue
         loss, exact = row["loss"], row["exact_match"]
         each = [run["exact_match"] for run in reported(study, name)]
@@ -184,6 +171,8 @@ def learnt() -> str:
     base = study["base"]
     if base.get("loss") is not None:
         notes.insert(0, f"The base: loss {base['loss']:.3f}, exact match {base['exact_match']:.3f}.")
+    if missing:
+        notes.append(f"A rate was looked for, and no seeds were run, of {named(missing)}.")
     if any(row.get("at_an_end") for row in study["table"].values()):
         notes.append("* the last rate that was tried in that direction: a further one may be better.")
     return table(head, rows, study) + "\n\n" + " ".join(notes)
@@ -238,7 +227,6 @@ def drawn() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "methods": at_a_glance,
-    "short_steps": short_steps,
     "refusals": refused,
     "study": learnt,
     "study_figure": drawn,
