@@ -151,6 +151,11 @@ def test_settings_are_listed(say: Say) -> None:
     assert "train.betas = [0.9, 0.999]\n" in told.out
     rows = json.loads(say("train", "--settings", "--json").out)
     assert {"name": "dropout", "default": "0.0", "description": "on the adapter's input"} in rows
+    assert any(row["name"] == "method.niter" and row["description"].startswith("pissa: ") for row in rows)
+    own = say("train", "--settings", "--method", "vera").out
+    assert "method.d_initial = 0.1\n    vera: " in own
+    assert "pissa: " not in own
+    assert say("train", "--settings", "--method", "lore").code == 2
 
 
 def test_debug_shows_the_traceback() -> None:

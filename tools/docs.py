@@ -59,7 +59,7 @@ def methods_page() -> str:
             text,
             "```",
             "",
-            f"Default learning rate {kind.learning_rate:g}.",
+            f"Default learning rate {kind.learning_rate:g}: {kind.rate_source}. Default r {kind.r}, alpha {kind.alpha:g}.",
             "",
         ]
         for option, meaning in options_of(kind).items():

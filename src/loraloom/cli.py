@@ -14,7 +14,7 @@ import click
 from rich.text import Text
 
 from . import __version__, console
-from .config import describe, parse_setting
+from .config import parse_setting
 from .errors import INTERRUPTED, Failure, OutOfMemory, UserError
 
 
@@ -195,7 +195,7 @@ def run_options(function: Callable[..., Any]) -> Callable[..., Any]:
             click.option("-d", "--data", help="A file of examples, or hf:ID."),
             click.option("-o", "--output", help="The run folder to make."),
             click.option("-c", "--config", "config_file", help="A YAML file; the same as CONFIG."),
-            click.option("--method", help="lora, rslora, loraplus ..."),
+            click.option("--method", help="lora, dora, vera ...; theirs: train --settings"),
             click.option("--seed", type=int, help="Of the initial adapter, the order and dropout."),
             click.option(
                 "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any setting, repeatable."
@@ -290,7 +290,7 @@ def train(
 ) -> Any:
     """Fine-tune a model. CONFIG is a YAML file; three lines are enough: model, data, output."""
     if list_settings:
-        return show_settings(as_json)
+        return show_settings(as_json, named["method"])
     file, chosen = given(config, config_file, seed, settings, named)
     from . import api
 
@@ -299,9 +299,11 @@ def train(
     return finish(run, quiet, as_json)
 
 
-def show_settings(as_json: bool) -> Any:
-    """Every setting with its default and what it is for."""
-    rows = describe()
+def show_settings(as_json: bool, method: str | None) -> Any:
+    """Every setting with its default and what it is for; those of one method, if it is named."""
+    from . import look
+
+    rows = look.settings(method)
     if as_json:
         return [{"name": name, "default": default, "description": text} for name, default, text in rows]
     for name, default, text in rows:

@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
-from . import hub
-from .config import RunConfig, resolve
+from . import hub, methods
+from .config import RunConfig, describe, resolve
 from .data import Prepared, prepare, show
 from .errors import UserError
 from .model import load_tokenizer
@@ -48,6 +48,21 @@ def context_of(folder: Path) -> int:
         raise UserError(f"{folder} has no config.json: it is no model folder")
     config = json.loads(path.read_text(encoding="utf-8"))
     return int(config.get("max_position_embeddings") or config.get("n_positions") or UNLIMITED)
+
+
+def settings(method: str | None) -> list[tuple[str, str, str]]:
+    """Rows (name, default, meaning) of every setting, and of those that methods have of their own.
+
+    method  only this one's; None for all
+
+    raises  UserError if there is no such method
+    """
+    rows = describe()
+    for name in [method] if method else methods.names():
+        rows += [
+            (f"method.{key}", default, f"{name}: {text}") for key, default, text in methods.settings(name)
+        ]
+    return rows
 
 
 def show_file(prepared: Prepared, tokenizer: Any, console: Console, *, previews: int) -> None:

@@ -10,7 +10,7 @@ from math import isfinite
 from typing import Any
 
 from ..errors import UserError, did_you_mean
-from .base import Method
+from .base import Method, options_of
 
 
 def names() -> list[str]:
@@ -37,6 +37,13 @@ def find(name: str) -> type[Method]:
     if len(own) != 1:
         raise TypeError(f"methods/{name}.py must define one method, it defines {len(own)}")
     return own[0]
+
+
+def settings(name: str) -> list[tuple[str, str, str]]:
+    """(name, default, meaning) of what a method can be set to, beside what every method has."""
+    kind = find(name)
+    own = {item.name: item.default for item in fields(kind)}
+    return [(key, str(own[key]), text) for key, text in options_of(kind).items()]
 
 
 def name_of(method: Method) -> str:
