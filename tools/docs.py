@@ -59,7 +59,8 @@ def methods_page() -> str:
             text,
             "```",
             "",
-            f"Default learning rate {kind.learning_rate:g}: {kind.rate_source}. Default r {kind.r}, alpha {kind.alpha:g}.",
+            f"Default learning rate {kind.learning_rate:g}: {kind.rate_source}.",
+            f"Default r {kind.r}, alpha {kind.alpha:g}." if kind.ranked else "",
             "",
         ]
         for option, meaning in options_of(kind).items():
