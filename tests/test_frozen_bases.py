@@ -361,10 +361,10 @@ def test_a_pass_in_inference_mode_leaves_nothing_that_training_cannot_use(method
     ("method", "wrong", "message"),
     [
         ("vera", {"d_initial": 0}, "d_initial is 0"),
-        ("vera", {"d_initial": float("nan")}, "d_initial is nan"),
-        ("vera", {"projection_seed": 0.5}, "projection_seed is 0.5"),
+        ("vera", {"d_initial": float("nan")}, "method.d_initial is nan"),
+        ("vera", {"projection_seed": 0.5}, "method.projection_seed is 0.5"),
         ("randlora", {"projection_seed": "one"}, "method.projection_seed is 'one'"),
-        ("randlora", {"sparse": "yes"}, "sparse is 'yes'"),
+        ("randlora", {"sparse": "yes"}, "method.sparse is 'yes'"),
         ("randlora", {"sparse": True, "very_sparse": True}, "sparse and very_sparse are both set"),
         ("randlora", {"target_modules": ["1"], "r": 1}, "RandLoRA's basis of shape (1, 1, 1) has the same"),
     ],

@@ -460,11 +460,11 @@ def test_twenty_steps_bring_the_loss_down(method, case):
     goal = output(far, x).detach()
     host = host_of(case)
     adapters = attach(host, **settings(method, case))
-    method_rate = methods.find(method).learning_rate / getattr(methods.find(method), "lr_ratio", 1)
-    rate = (
-        100 * max(2e-4, method_rate) if method != "loraplus" else 100 * method_rate
-    )  # some take 20 times LoRA's
-    optimizer = torch.optim.Adam(adapters.groups(rate if not case.whole else min(rate, 0.02)))
+    kind = methods.find(method)
+    rate = 100 * max(2e-4, kind.learning_rate)  # some methods' own is twenty times LoRA's
+    if case.whole:
+        rate = min(rate, 0.02) / getattr(kind, "lr_ratio", 1)
+    optimizer = torch.optim.Adam(adapters.groups(rate))
     losses = []
     for _ in range(20):
         optimizer.zero_grad()
@@ -622,7 +622,7 @@ def test_lr_ratio_is_a_setting_of_lora_too():
         ({"method": "alora", "options": {"invocation": [1]}, "bias": "all"}, "alora cannot go with bias"),
         (
             {"method": "adalora", "options": {"target_r": 40}},
-            "adalora cannot go with a target_r of r or more",
+            "adalora cannot go with a target_r above r",
         ),
         ({"r": 0}, "r is 0"),
         ({"r": 2.5}, "r is 2.5"),

@@ -199,7 +199,7 @@ def test_the_light_is_red_without_a_gain(tmp_path: Path) -> None:
 
 def test_comparison_shows_only_what_differs(tmp_path: Path) -> None:
     runs = [
-        finished_run(tmp_path / "r16"),
+        finished_run(tmp_path / "r16", {"r": 16}),
         finished_run(tmp_path / "r64", {"r": 64, "train.learning_rate": 1e-4}, floor=1.0, seed=1),
     ]
     _, page = read(compare(runs, tmp_path / "compare.html"))

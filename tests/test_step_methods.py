@@ -810,7 +810,7 @@ def test_peft_takes_the_pair_as_a_lora_of_twice_the_rank():
         ("adalora", {"beta1": 1.0}, "beta1 is 1.0"),
         ("adalora", {"beta2": 0}, "beta2 is 0"),
         ("adalora", {"target_r": -1}, "target_r is -1"),
-        ("adalora", {"target_r": 2.5}, "target_r is 2.5"),
+        ("adalora", {"target_r": 2.5}, "method.target_r is 2.5"),
         ("adalora", {"deltaT": 0}, "deltaT is 0"),
         ("adalora", {"orth": -0.1}, "orth is -0.1"),
         ("adalora", {"orth_form": "sum"}, "orth_form is 'sum'"),
@@ -819,7 +819,7 @@ def test_peft_takes_the_pair_as_a_lora_of_twice_the_rank():
         ("lorapro", {"x": "half"}, "x is 'half'"),
         ("deltalora", {"lam": -1}, "lam is -1.0"),
         ("deltalora", {"start": -1}, "start is -1"),
-        ("deltalora", {"start": 0.5}, "start is 0.5"),
+        ("deltalora", {"start": 0.5}, "method.start is 0.5"),
     ],
 )
 def test_wrong_settings_are_named(method, wrong, message):

@@ -171,9 +171,9 @@ REFUSALS = [
     ),
     Refusal(
         ("adalora",),
-        "a target_r of r or more",
-        lambda asked: asked.layer is None and getattr(asked.method, "target_r", 0) >= asked.method.r,
-        "its budget falls from r to target_r, so nothing would be pruned",
+        "a target_r above r",
+        lambda asked: asked.layer is None and getattr(asked.method, "target_r", 0) > asked.method.r,
+        "its budget falls from r to target_r",
         "raise r, or lower method.target_r",
         starting=True,
     ),
