@@ -8,10 +8,12 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from peft import PromptTuningConfig, get_peft_model
+from peft import PeftModel, PromptTuningConfig, get_peft_model
 
 from loraloom import layers, methods
 from loraloom.adapt import Adapters, AdapterSpec, attach
+from loraloom.adapter_files import is_peft_folder
+from loraloom.adapter_io import load_adapter, save_adapter
 from loraloom.dressing import dress, dress_prompts, with_tokens
 from loraloom.errors import UserError
 from loraloom.nll import nll_sum
@@ -226,6 +228,25 @@ def test_prefix_embedding_is_pefts_prompt_tuning():
     y.square().sum().backward()
     truth.square().sum().backward()
     torch.testing.assert_close(ours.grad, prompt.grad, **SUM)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
+def test_prompt_tuning_folders_both_ways(tmp_path):
+    model = tiny.build("llama")
+    ids = tiny.ids()
+    adapters = attach(model, "prefix_embedding", prefix=3)
+    tiny.stir(adapters)
+    save_adapter(adapters, tmp_path / "ours")
+    y = model(torch.tensor(dress_prompts(model, ids.tolist()))).logits
+    theirs = PeftModel.from_pretrained(tiny.build("llama"), tmp_path / "ours")
+    torch.testing.assert_close(theirs(input_ids=ids).logits, y)
+    theirs.save_pretrained(tmp_path / "theirs")
+    fresh = tiny.build("llama")
+    load_adapter(fresh, tmp_path / "theirs")
+    assert torch.equal(fresh(torch.tensor(dress_prompts(fresh, ids.tolist()))).logits, y)
+    with_infix = attach(tiny.build("llama"), "prefix_embedding", prefix=3, infix=1)
+    save_adapter(with_infix, tmp_path / "infix")
+    assert not is_peft_folder(tmp_path / "infix")
 
 
 def test_prefix_layers_replace_what_every_block_reads():

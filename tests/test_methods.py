@@ -23,11 +23,13 @@ from loraloom.adapt import Adapters, attach
 from loraloom.adapter import AdapterSpec
 from loraloom.adapter_files import FILES, read_record
 from loraloom.adapter_io import load_adapter, save_adapter
-from loraloom.dressing import dress_prompts
+from loraloom.dressing import dress, dress_prompts
 from loraloom.errors import UserError
 from loraloom.incoming import quantize_model
 from loraloom.layers import EmbeddingLayer, view
 from loraloom.methods.base import NotMergeable, Site
+from loraloom.nll import nll_sum
+from loraloom.packing import IGNORED, pack
 from loraloom.quant import dense, quantized
 
 METHODS = methods.names()
@@ -496,6 +498,39 @@ def test_a_bfloat16_base_keeps_float32_masters(method, case):
     adapters.merge()
     assert host.module.weight.dtype == torch.bfloat16
     assert (host(x).double() - truth).abs().max() < 0.03 * scale
+
+
+class Row:
+    """An example: the last half of its tokens carries loss."""
+
+    def __init__(self, length: int, seed: int):
+        gen = torch.Generator().manual_seed(seed)
+        self.ids = torch.randint(8, tiny.VOCAB, (length,), generator=gen).tolist()
+        self.ids[1] = TOKEN
+        self.labels = [IGNORED] * (length - length // 2) + self.ids[length - length // 2 :]
+        self.row, self.targets = "row", length // 2
+
+
+@pairs(lambda method, case: case.whole and case.dense and refused(method, case) is None)
+def test_a_step_does_not_depend_on_how_it_is_packed_and_split(method, case):
+    """Eight examples packed into one batch, and one by one: the same loss and gradients."""
+    host, adapters = stirred(method, case)
+    rows = dress(host, [Row(length, seed) for seed, length in enumerate((6, 4, 9, 5, 7, 4, 8, 5))])
+    found = []
+    for packing, micro_tokens in ((True, 512), (False, 1)):
+        batches = pack(rows, micro_tokens=micro_tokens, packing=packing, pad_id=0)
+        assert len(batches) == (1 if packing else 8)
+        for parameter in adapters.parameters():
+            parameter.grad = None
+        with adapters.hold():
+            losses = [nll_sum(host, batch) for batch in batches]
+            sum(losses).backward()
+        found.append([sum(losses).detach(), *(p.grad for p in adapters.parameters())])
+    for one, other in zip(*found):
+        near = {"rtol": 1e-5, "atol": 1e-5}  # Llama's norms compute in float32
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, **near)
 
 
 def moved_in_float64(host: Host, adapters: Adapters) -> nn.Module:

@@ -18,6 +18,7 @@ from peft import (
     HiraConfig,
     LoraConfig,
     PeftModel,
+    PromptTuningConfig,
     RandLoraConfig,
     VeraConfig,
     get_peft_model,
@@ -531,6 +532,10 @@ NO_EFFECT = {  # about training, placement or looking up
 UNHEEDED = {  # settings that PEFT has there and does nothing with, or only in training
     "ADALORA": {"use_rslora", "alpha_pattern", "total_step"},
     "HIRA": {"rank_pattern"},
+    # what the model says itself, and how the embeddings started
+    "PROMPT_TUNING": {"token_dim", "num_attention_heads", "num_layers", "prompt_tuning_init"}
+    | {"prompt_tuning_init_text", "prompt_tuning_init_state_dict_path", "tokenizer_name_or_path"}
+    | {"tokenizer_kwargs"},
 }
 CONFIGS = {
     "LORA": LoraConfig,
@@ -538,6 +543,7 @@ CONFIGS = {
     "VERA": VeraConfig,
     "RANDLORA": RandLoraConfig,
     "HIRA": HiraConfig,
+    "PROMPT_TUNING": PromptTuningConfig,
 }
 
 
@@ -577,7 +583,7 @@ def test_another_method_of_peft_is_refused(folder):
     error = refused(folder)
     assert (error.message, error.hint) == (
         f"{folder} is a LOHA adapter, which cannot be read",
-        "ADALORA, HIRA, LORA, RANDLORA, VERA can",
+        "ADALORA, HIRA, LORA, PROMPT_TUNING, RANDLORA, VERA can",
     )
 
 

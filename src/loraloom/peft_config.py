@@ -102,6 +102,8 @@ def spec_of(model: nn.Module, config: Mapping[str, Any], folder: Path) -> Adapte
     """Our settings for an adapter that PEFT wrote."""
     kind = type_of(config, folder)
     method, answer = method_of(config, folder)
+    if kind.tokens:
+        return AdapterSpec(method=method, options=answer)
     targets = peft_targets(model, config)
     if not targets:
         raise UserError(

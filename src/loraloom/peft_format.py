@@ -37,6 +37,8 @@ def is_peft(adapter: Adapter) -> bool:
     kind = TYPES.get(method.peft_type or "")
     if kind is None or not sites or (adapter.spec.bias != "none" and kind.bias is None):
         return False
+    if kind.tokens and adapter.spec.modules_to_save:
+        return False
     kinds = kind.layers(method.peft_config())
     if not all(type(site.layer) in kinds and kept(site) <= placed(site) for site in sites):
         return False
@@ -81,6 +83,10 @@ def peft_settings(adapters: Adapters, adapter: Adapter, form: str = PEFT) -> dic
     method, model, spec = adapter.method, adapters.model, adapter.spec
     name = "LORA" if form == LORA else str(method.peft_type)
     kind = TYPES[name]
+    if kind.tokens:
+        width = next(iter(adapter.sites.values())).layer.out_features
+        about = {"peft_type": name, "task_type": task_type(model), "inference_mode": True, "token_dim": width}
+        return about | dict(kind.plain) | method.peft_config()
     modules = by_module(adapter)
     if form == LORA:
         rows = export_rank(adapter)

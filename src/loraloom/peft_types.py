@@ -43,6 +43,7 @@ class PeftType:
     special            settings that make it another method, and the values under which they do not
     narrow             those of them that only some kinds of layers heed
     unread             settings that no method here honours, and the values under which they change nothing
+    tokens             whether it is about tokens in the text: it names no layers then, and has no rank
     """
 
     r: str = "r"
@@ -57,6 +58,7 @@ class PeftType:
     special: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     narrow: Mapping[str, frozenset[type[Layer]]] = field(default_factory=dict)
     unread: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    tokens: bool = False
 
     def layers(self, config: Mapping[str, Any]) -> frozenset[type[Layer]]:
         """The layers it can sit on with these settings."""
@@ -110,6 +112,17 @@ TYPES: dict[str, PeftType] = {
         patterns=(),  # PEFT 0.21 has rank_pattern, and makes every layer with r all the same
         kinds=LINEAR | {EmbeddingLayer, Conv2dLayer},
         plain={"init_weights": True},
+    ),
+    "PROMPT_TUNING": PeftType(
+        alpha=None,
+        dropout=None,
+        bias=None,
+        patterns=(),
+        kinds=frozenset({EmbeddingLayer}),
+        shared="",
+        plain={"num_transformer_submodules": 1, "prompt_tuning_init": "RANDOM"},
+        unread={"num_transformer_submodules": (1, None), "modules_to_save": (None, [])},
+        tokens=True,
     ),
 }
 # Starts of a LoRA that change the base's weights: it means nothing on the base as published but to a method

@@ -10,8 +10,9 @@ source  the baseline PreEmbed of Hu et al. 2021, arXiv:2106.09685, section 5.1; 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ._prefix import Prefix
 
@@ -21,5 +22,19 @@ class PrefixEmbedding(Prefix):
     learning_rate: ClassVar[float] = 5e-3
     rate_source: ClassVar[str] = "25 times LoRA's, unpublished: few vectors must move far; search it"
 
+    peft_type: ClassVar[str | None] = "PROMPT_TUNING"
+
+    @property
+    def peft_shared(self) -> Mapping[str, str]:  # type: ignore[override]
+        return {} if self.infix else {"P": "prompt_embeddings"}  # PEFT has no infix
+
     def auto_targets(self) -> tuple[str, ...]:
         return ("embed",)
+
+    def peft_config(self) -> dict[str, Any]:
+        return {"num_virtual_tokens": self.prefix}
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> dict[str, Any] | None:
+        count = config.get("num_virtual_tokens")
+        return {"prefix": count} if count else None
