@@ -9,9 +9,7 @@ import pytest
 import tiny
 import torch
 from torch import nn
-from trial_methods import TRIAL
 
-from loraloom import methods
 from loraloom.adapt import Adapters, attach
 from loraloom.adapter import AdapterSpec
 from loraloom.adapter_io import load_adapter, save_adapter
@@ -444,13 +442,6 @@ def test_a_module_trained_whole_is_no_target():
 # ---- a gain on the whole output, with a trained bias --------------------------------------------------------
 
 
-@pytest.fixture
-def _dora(monkeypatch):
-    find = methods.find
-    monkeypatch.setattr(methods, "find", lambda name: TRIAL.get(name) or find(name))
-
-
-@pytest.mark.usefixtures("_dora")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("targets", [["c_attn"], ["q", "v"]])
 def test_dora_scales_the_output_without_its_own_bias(dtype, targets):
@@ -467,7 +458,6 @@ def test_dora_scales_the_output_without_its_own_bias(dtype, targets):
     torch.testing.assert_close(logits(model), live, **(CLOSE if tight else {"rtol": 0.1, "atol": 0.15}))
 
 
-@pytest.mark.usefixtures("_dora")
 def test_two_gains_are_not_summed():
     _, adapters = stirred("gpt2", method="dora")
     adapters.add("plain", AdapterSpec(r=2, target_modules=["q"]))
