@@ -252,6 +252,19 @@ class Adapters:
                 found[id(tensor)] = (f"{name}|{key}", tensor)
         return list(found.values())
 
+    def named_tensors(self) -> dict[str, Tensor]:
+        """All that adapters have, trained or frozen, by `adapter|name|layer/tensor` or `whole|name|parameter`.
+
+        What several layers share stands under its first name alone.
+        """
+        named: dict[int, tuple[str, Tensor]] = {}
+        for name, adapter in self.adapters.items():
+            for key, tensor in adapter.named_tensors():
+                named.setdefault(id(tensor), (f"adapter|{name}|{key}", tensor))
+            for key, tensor in self.overlaid(name):
+                named.setdefault(id(tensor), (f"whole|{name}|{key}", tensor))
+        return dict(named.values())
+
     def overlaid(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
         """The base's parameters that an adapter replaces by its own, by the base's full names."""
         for module_name, overlay in self.overlays.items():

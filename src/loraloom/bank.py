@@ -24,7 +24,7 @@ from .errors import UserError
 from .flow import Flow
 from .kernels.dropout import keyed_dropout, token_key
 from .layers import BlockLayer, Layer
-from .methods.base import LowRank, Pair, Site
+from .methods.base import LowRank, Pair, Site, Tensors
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,7 @@ class Bank:
         """The output with what methods put in its place."""
         for k, site in compute.others:
             if site.method.puts:
-                p = {name: self.flow.casts(tensor, y.dtype) for name, tensor in site.p.items()}
-                new = site.method.put(site.layer, p, x, y)
+                new = site.method.put(site.layer, self.cast(site, y.dtype), x, y)
                 y = new if self.flow.mask_BMK is None else torch.where(self.fit(new)[..., k : k + 1], new, y)
         return y
 
@@ -169,9 +168,13 @@ class Bank:
             u = torch.zeros_like(wx).index_add(-1, segment.rows.to(u.device), u)
         return u
 
+    def cast(self, site: Site, dtype: torch.dtype) -> Tensors:
+        """A site's tensors in the dtype of the computation."""
+        return {name: self.flow.casts(tensor, dtype) for name, tensor in site.p.items()}
+
     def apart(self, x: Tensor, k: int, site: Site, wx: Tensor) -> Tensor:
         """The update of a method that is no low-rank pair."""
-        p = {name: self.flow.casts(tensor, wx.dtype) for name, tensor in site.p.items()}
+        p = self.cast(site, wx.dtype)
         rows = site.layer.rows
         u = site.method.update(site.layer, p, x, wx if rows is None else wx[..., rows])
         if rows is not None:

@@ -154,25 +154,16 @@ def product_norm(pair: Any) -> float:
 
 def state_of(shop: Workshop) -> dict[str, torch.Tensor]:
     """Every tensor that training moves, on the CPU, by name."""
-    tensors = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in own_tensors(shop).items()}
+    tensors = {
+        key: tensor.detach().cpu().clone().contiguous()
+        for key, tensor in shop.adapters.named_tensors().items()
+    }
     moments = state_tensors(shop.optimizer, shop.adapters.named_parameters())
     tensors |= {f"optimizer|{key}": tensor for key, tensor in moments.items()}
     tensors["random|cpu"] = torch.get_rng_state()
     if shop.loaded.device.type == "cuda":
         tensors["random|cuda"] = torch.cuda.get_rng_state(shop.loaded.device)
     return tensors
-
-
-def own_tensors(shop: Workshop) -> dict[str, torch.Tensor]:
-    """The adapters' tensors by name; one that several layers share stands under its first name alone."""
-    adapters = shop.adapters
-    named: dict[int, tuple[str, torch.Tensor]] = {}
-    for name, adapter in adapters.adapters.items():
-        for key, tensor in adapter.named_tensors():
-            named.setdefault(id(tensor), (f"adapter|{name}|{key}", tensor))
-        for key, tensor in adapters.overlaid(name):
-            named.setdefault(id(tensor), (f"whole|{name}|{key}", tensor))
-    return dict(named.values())
 
 
 def restore(shop: Workshop, folder: Path) -> Progress:
@@ -188,7 +179,7 @@ def restore(shop: Workshop, folder: Path) -> Progress:
             f"{folder} is no whole checkpoint: {error}", hint="remove it, to go on from the one before it"
         ) from None
     kept = {key: value for key, value in tensors.items() if not key.startswith(("optimizer|", "random|"))}
-    wanted = own_tensors(shop)
+    wanted = shop.adapters.named_tensors()
     wrong = list(kept.keys() ^ wanted.keys())
     wrong += [key for key in kept.keys() & wanted.keys() if kept[key].shape != wanted[key].shape]
     if wrong:

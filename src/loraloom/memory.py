@@ -180,10 +180,7 @@ class Predictor:
         rig, tape = self.rig(layers), Tape()
         release_buffers()
         tape.hold([*rig.model.parameters(), *rig.model.buffers()], "base")
-        frozen = [
-            tensor for _, tensor in rig.adapter.named_tensors()
-        ]  # of the method's own, beside what trains
-        tape.hold([*rig.adapters.parameters(), *frozen], "adapters")
+        tape.hold(rig.adapters.named_tensors().values(), "adapters")
         tape.hold(rig.optimizer.state, "optimizer")
         parameters = rig.adapters.parameters()
 

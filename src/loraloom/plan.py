@@ -266,8 +266,7 @@ def counted_in_files(folder: Path | None) -> int | None:
 def disk(config: RunConfig, predictor: Predictor) -> dict[str, int]:
     """Bytes of the adapter in 16 bits and as it is written, of a checkpoint, and of all that a run keeps."""
     own = predictor.whole.adapters.parameters()
-    every = {id(t): t for t in [*own, *(t for _, t in predictor.whole.adapter.named_tensors())]}
-    adapter = stored(list(every.values()))
+    adapter = stored(list(predictor.whole.adapters.named_tensors().values()))
     moments = sum(state_bytes(config.train.optimizer, p.numel()) for p in own)
     checkpoint = 2 * adapter + moments  # the PEFT folder, and the state to resume from
     kept = config.train.keep + 1  # a new one is written whole before an old one goes

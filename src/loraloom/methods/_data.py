@@ -5,15 +5,15 @@ shapes  T tokens, I in, O out; G (O, I), float32
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from ._svd import SVD, exact_svd, fast_svd
-from .base import Method, Site, Tensors, option
+from ._svd import SVD, decomposed
+from .base import Method, Site, Tensors, check, option
 
 SMALL = 512  # a matrix whose smaller side is no larger is decomposed exactly: it takes no time worth saving
 
@@ -45,6 +45,11 @@ class SeesGradients(SeesData):
 
     needs: ClassVar[str | None] = "gradients"
 
+    @staticmethod
+    def denominator(r: int) -> float:
+        """As rsLoRA's: both papers start so that the first output keeps its size as r grows."""
+        return math.sqrt(r)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check("niter", self.niter, whole=True, least=0)
@@ -60,27 +65,5 @@ class SeesGradients(SeesData):
 
 def leading(w_OI: Tensor, least: int, niter: int) -> SVD:
     """At least the `least` largest singular values, or as many as there are; exact if niter is 0 or w small."""
-    if niter == 0 or min(w_OI.shape) <= max(SMALL, least):
-        return exact_svd(w_OI)
-    return fast_svd(w_OI, least, niter, torch.Generator().manual_seed(0))
-
-
-def check(name: str, value: Any, *, whole: bool = False, least: float, most: float = float("inf")) -> None:
-    """Let a number in range pass.
-
-    raises  UserError
-    """
-    kinds = int if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
-        kind = "a whole number" if whole else "a number"
-        upto = "up" if most == float("inf") else f"to {most:g}"
-        raise UserError(f"method.{name} is {value!r}", hint=f"it is {kind} from {least:g} {upto}")
-
-
-def choose(name: str, value: Any, known: tuple[str, ...]) -> None:
-    """Let a known word pass.
-
-    raises  UserError
-    """
-    if value not in known:
-        raise UserError(f"method.{name} is {value!r}", hint=f"it can be {', '.join(known)}")
+    small = min(w_OI.shape) <= max(SMALL, least)
+    return decomposed(w_OI, least, 0 if small else niter, torch.Generator().manual_seed(0))

@@ -36,10 +36,6 @@ class Prefix(Method):
                 f"prefix is {self.prefix} and infix {self.infix}", hint="one of them must be above 0"
             )
 
-    @property
-    def mergeable(self) -> bool:
-        return False
-
     def inserts(self) -> tuple[int, int]:
         return self.prefix, self.infix
 

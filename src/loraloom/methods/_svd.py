@@ -56,3 +56,8 @@ def fast_svd(w_OI: Tensor, r: int, iterations: int, gen: torch.Generator) -> SVD
         q = torch.linalg.qr(tall @ q).Q
     u, s, v = exact_svd(q.T @ tall)
     return (q @ u, s, v) if tall is w_OI else (v.T, s, (q @ u).T)
+
+
+def decomposed(w_OI: Tensor, r: int, niter: int, gen: torch.Generator) -> SVD:
+    """At least the r largest values: all of them exactly if niter is 0, else by so many steps of the fast way."""
+    return fast_svd(w_OI, r, niter, gen) if niter else exact_svd(w_OI)

@@ -117,7 +117,7 @@ class Method:
     @property
     def mergeable(self) -> bool:
         """Whether its effect is a change of W, the same for every token."""
-        return not self.per_token
+        return not (self.per_token or any(self.inserts()))
 
     # ---- what it is -------------------------------------------------------------------------------------
 
@@ -279,3 +279,24 @@ def options_of(method: type[Method]) -> Mapping[str, str]:
     """The settings a method has beyond those of every method, with their help."""
     common = {item.name for item in fields(Method)}
     return {item.name: item.metadata["help"] for item in fields(method) if item.name not in common}
+
+
+def check(name: str, value: Any, *, whole: bool = False, least: float, most: float = float("inf")) -> None:
+    """Let a number in range pass.
+
+    raises  UserError
+    """
+    kinds = int if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
+        kind = "a whole number" if whole else "a number"
+        upto = "up" if most == float("inf") else f"to {most:g}"
+        raise UserError(f"method.{name} is {value!r}", hint=f"it is {kind} from {least:g} {upto}")
+
+
+def choose(name: str, value: Any, known: tuple[str, ...]) -> None:
+    """Let a known word pass.
+
+    raises  UserError
+    """
+    if value not in known:
+        raise UserError(f"method.{name} is {value!r}", hint=f"it can be {', '.join(known)}")

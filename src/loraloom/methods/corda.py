@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFinite
-from ._data import SeesData, choose
+from ._data import SeesData
 from ._offset import Offset, offset_tensors
 from ._svd import bottom, exact_svd, split, top
-from .base import Site, Tensors, option
+from .base import Site, Tensors, choose, option
 
 DAMPING = 0.01
 INVERSE_ERROR = 0.05  # the Frobenius norm of C C^-1 - I

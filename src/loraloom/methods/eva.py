@@ -32,8 +32,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ._data import SeesData, check, leading
-from .base import Site, Tensors, option
+from ._data import SeesData, leading
+from .base import Site, Tensors, check, option
 from .lora import LoRA
 
 

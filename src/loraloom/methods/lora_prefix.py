@@ -35,10 +35,6 @@ class LoRAPrefix(LoRA):
             raise UserError(f"kind is {self.kind!r}", hint="it can be embedding or layer")
         self.tokens()
 
-    @property
-    def mergeable(self) -> bool:
-        return False
-
     def inserts(self) -> tuple[int, int]:
         return self.prefix, self.infix
 

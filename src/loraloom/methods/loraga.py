@@ -21,16 +21,15 @@ source  Wang et al. 2024, arXiv:2407.05000, section 3 and algorithm 1; `directio
 
 from __future__ import annotations
 
-import math
 import zlib
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from ._data import SeesGradients, check, choose, leading
+from ._data import SeesGradients, leading
 from ._offset import Offset, offset_tensors
-from .base import Site, Tensors, option
+from .base import Site, Tensors, check, choose, option
 
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
 SCALES = ("stable", "unit", "gd", "weight_svd")
@@ -50,10 +49,6 @@ class LoRAGA(SeesGradients, Offset):
         choose("direction", self.direction, DIRECTIONS)
         choose("scale_by", self.scale_by, SCALES)
         check("gamma", self.gamma, least=1e-9)
-
-    @staticmethod
-    def denominator(r: int) -> float:
-        return math.sqrt(r)
 
     def found(self, site: Site, store: Tensors) -> Tensors:
         if not store or not bool(store["G"].any()):

@@ -17,7 +17,6 @@ source  Zhang, Liu and Chen 2025, arXiv:2502.01235, algorithm 1; alpha / sqrt(r)
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -25,9 +24,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ._data import SeesGradients, check, leading
+from ._data import SeesGradients, leading
 from ._svd import split, top
-from .base import Site, Tensors, option
+from .base import Site, Tensors, check, option
 from .lora import LoRA
 
 
@@ -48,10 +47,6 @@ class LoRAOne(SeesGradients, LoRA):
         super().__post_init__()
         check("gamma", self.gamma, least=1e-9)
         check("damping", self.damping, least=0)
-
-    @staticmethod
-    def denominator(r: int) -> float:
-        return math.sqrt(r)
 
     def found(self, site: Site, store: Tensors) -> Tensors:
         if not store or not bool(store["G"].any()):

@@ -25,8 +25,8 @@ from torch import nn
 
 from ..errors import UserError
 from ..layers import Layer
-from ._svd import bottom, exact_svd, fast_svd, top
-from .base import LowRank, Pair, Tensors, option
+from ._svd import bottom, decomposed, top
+from .base import LowRank, Pair, Tensors, check, choose, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +43,8 @@ class LoRAXS(LowRank):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.which not in ("top", "bottom"):
-            raise UserError(f"method.which is {self.which!r}", hint="it can be top or bottom")
-        if isinstance(self.niter, bool) or not isinstance(self.niter, int) or self.niter < 0:
-            raise UserError(f"method.niter is {self.niter!r}", hint="a whole number: 0 is exact, 16 is close")
+        choose("which", self.which, ("top", "bottom"))
+        check("niter", self.niter, whole=True, least=0)
         if self.which == "bottom" and self.niter:
             raise UserError(
                 f"method.niter is {self.niter}, and the fast decomposition finds the largest values only",
@@ -60,7 +58,7 @@ class LoRAXS(LowRank):
 
     def init(self, layer: Layer, gen: torch.Generator) -> Tensors:
         w_OI = layer.weight(torch.float32)
-        found = fast_svd(w_OI, self.r, self.niter, gen) if self.niter else exact_svd(w_OI)
+        found = decomposed(w_OI, self.r, self.niter, gen)
         u_OR, s_R, v_RI = (top if self.which == "top" else bottom)(found, self.r)
         start_RR = 1e-5 * torch.randn(len(s_R), len(s_R), generator=gen)
         a_RI = (s_R[:, None] * v_RI).contiguous()

@@ -27,11 +27,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import UserError
 from ..layers import Layer
 from ._offset import Offset
-from ._svd import exact_svd, fast_svd, split, top
-from .base import option
+from ._svd import decomposed, split, top
+from .base import check, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +42,11 @@ class PiSSA(Offset):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.niter, int) or self.niter < 0:
-            raise UserError(f"method.niter is {self.niter!r}", hint="a whole number: 0 is exact, 16 is close")
+        check("niter", self.niter, whole=True, least=0)
 
     def start(self, layer: Layer, gen: torch.Generator) -> tuple[Tensor, Tensor]:
         w_OI = layer.weight(torch.float32)
-        found = fast_svd(w_OI, self.r, self.niter, gen) if self.niter else exact_svd(w_OI)
+        found = decomposed(w_OI, self.r, self.niter, gen)
         return split(top(found, self.r), self.scale, super().start(layer, gen))
 
     @classmethod
