@@ -30,16 +30,17 @@ from random_weights import random_model
 
 from loraloom.adapt import Adapters
 from loraloom.config import RunConfig, resolve
-from loraloom.fit import find_gpu, fit_pass
+from loraloom.fit import choose, find_gpu
 from loraloom.kernels.twin import path_of
-from loraloom.memory import Predictor
+from loraloom.memory import Predictor, tier
 from loraloom.optim import make_optimizer, set_rates
 from loraloom.packing import Batch, Example, pack
 from loraloom.quant import bits_per_parameter, stored_bytes
+from loraloom.recompute import apply, fuse
 from loraloom.shapes import published
 from loraloom.step import train_step
 from loraloom.workload import Made
-from loraloom.workshop import checkpoint_layers, spec_of
+from loraloom.workshop import spec_of
 
 ROOT = Path(__file__).parents[1]
 BASES: dict[str, dict[str, Any]] = {
@@ -99,7 +100,7 @@ def settings(a: argparse.Namespace, base: dict[str, Any]) -> RunConfig:
         "target_modules": a.targets.split(","),
         "train.learning_rate": 3e-4,
         "train.optimizer": a.optimizer,
-        "train.gradient_checkpointing": a.recompute,
+        "train.recompute": "full" if a.recompute else "none",
         "train.batch_size": a.batch,
     }
     return resolve(None, chosen | base)[0]
@@ -119,8 +120,8 @@ def measure(
     adapters = Adapters(model)
     adapters.add("default", spec_of(config))
     adapters.train()
-    if config.train.gradient_checkpointing:
-        checkpoint_layers(model)
+    fuse(adapters, config.train, gpu=cuda)
+    apply(model, adapters, tier(config))
     optimizer = make_optimizer(adapters.groups(3e-4), config.train)
     set_rates(optimizer, 1.0)
     if cuda:
@@ -168,8 +169,9 @@ def main() -> None:
         config = settings(a, BASES[name])
         gpu = find_gpu("80GB" if a.cpu else None)
         assert gpu is not None
-        micro_tokens = a.micro_tokens or fit_pass(config, shape, work, gpu)
-        predicted = Predictor(config, shape, cudnn=gpu.cudnn).predict(work.batches(micro_tokens))
+        predictor = Predictor(config, shape, cudnn=gpu.cudnn)
+        micro_tokens = a.micro_tokens or choose(predictor, work, gpu, fit=True).tokens
+        predicted = predictor.predict(work.batches(micro_tokens))
         results[name] = measure(config, shape, work, micro_tokens, device)
         results[name]["predicted_gb"] = predicted.allocated / 1e9
         row = {k: v for k, v in results[name].items() if not isinstance(v, list)}

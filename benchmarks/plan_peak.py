@@ -26,13 +26,15 @@ from loraloom.config import RunConfig, resolve
 from loraloom.environment import commit
 from loraloom.incoming import quantize_model
 from loraloom.kernels.matmul_frozen import release_buffers
-from loraloom.memory import CUBLAS, Predictor
+from loraloom.memory import CUBLAS, Predictor, tier
+from loraloom.model import own_attention, settle_attention
 from loraloom.optim import make_optimizer
 from loraloom.packing import Batch
+from loraloom.recompute import apply, fuse
 from loraloom.shapes import published
 from loraloom.step import train_step
 from loraloom.workload import Assumed
-from loraloom.workshop import checkpoint_layers, spec_of
+from loraloom.workshop import spec_of
 
 OUT = Path(__file__).parent / "results" / "plan_peak.json"
 
@@ -66,7 +68,7 @@ class Setting:
         return work.batches(self.rows * self.length)[:1] * self.passes
 
 
-FULL, NF4 = {"train.gradient_checkpointing": True}, {"model.quantize": "nf4"}
+FULL, NF4 = {"train.recompute": "full"}, {"model.quantize": "nf4"}
 SETTINGS = [
     # what the constants are set by
     Setting("llama3.2-1b", 4, 2048),
@@ -96,16 +98,17 @@ def on_gpu(setting: Setting) -> tuple[Any, Adapters, Any]:
     torch.manual_seed(0)
     with device:
         model: Any = transformers.AutoModelForCausalLM.from_config(
-            published(setting.shape), dtype=torch.bfloat16, attn_implementation=config.model.attention
+            published(setting.shape), dtype=torch.bfloat16, attn_implementation=own_attention(config.model.attention)
         )
     model.requires_grad_(False).eval()
     m = config.model
+    settle_attention(model, m.attention, device, torch.bfloat16)
     if m.quantize != "none":
         quantize_model(model, m.quantize, block=m.quant_block, double=m.double_quant)
     adapters = Adapters(model)
     adapters.add("default", spec_of(config))
-    if config.train.gradient_checkpointing:
-        checkpoint_layers(model)
+    fuse(adapters, config.train, gpu=True)
+    apply(model, adapters, tier(config))
     adapters.train()
     return model, adapters, make_optimizer(adapters.groups(1e-4), config.train)
 

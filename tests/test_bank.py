@@ -95,9 +95,10 @@ def assert_loras_own(model, x, cast):
         y = model(x)
     with Ops() as backward:
         y.backward(torch.ones_like(y))
-    assert forward.seen == ["addmm", *cast, "mm", "mul", *cast, "mm", "add"]
-    # B's gradient and z's, the scale, A's and x's, x's through W, their sum
-    assert backward.seen == ["ones_like", "mm", "mm", *cast, "mul", "mm", "mm", *cast, "mm", "add"]
+    assert forward.seen == ["addmm", *cast, "mm", "mul", *cast, "addmm_"]
+    # x's gradient through W, z's and its scale, what it adds to x's, A's, and B's from z as it was scaled
+    back = ["mm", *cast, "mm", "mul", *cast, "addmm_", "mm", *cast, "mul", "mm", *cast]
+    assert backward.seen == ["ones_like", *back]
 
 
 def test_no_adapter_runs_no_operation_of_ours():

@@ -34,13 +34,13 @@ pytestmark = pytest.mark.usefixtures("quick")
 THREE: dict[str, Any] = {"model": "m", "data": "d.jsonl", "output": "out"}
 GOLDEN = """
 model.id model.revision model.dtype model.device model.attention model.allow_pickle
-model.quantize model.double_quant model.quant_block
+model.quantize model.fp8 model.double_quant model.quant_block
 data.train data.eval data.format data.map data.prompt data.system data.loss_on data.max_length data.too_long
 data.max_lost data.packing data.encoding data.limit data.duplicates
 output method r alpha dropout target_modules layers rank_pattern alpha_pattern bias modules_to_save
 train.epochs train.max_steps train.learning_rate train.schedule train.warmup train.batch_size train.batch_tokens
 train.micro_tokens train.optimizer train.paged train.weight_decay train.betas train.momentum train.max_grad_norm
-train.gradient_checkpointing train.seed train.save_every train.save_minutes train.keep train.early_stop
+train.recompute train.fast train.compile train.graphs train.seed train.save_every train.save_minutes train.keep train.early_stop
 eval.every eval.prompts eval.max_new_tokens
 """
 NAMES = GOLDEN.split()
@@ -396,7 +396,7 @@ BUILT: dict[str, tuple[Any, Seen]] = {
     "train.optimizer": ("sgd", lambda shop, _: isinstance(shop.optimizer, torch.optim.SGD)),
     "train.weight_decay": (0.4, lambda shop, _: group(shop)["weight_decay"] == 0.4),
     "train.betas": ([0.7, 0.8], lambda shop, _: group(shop)["betas"] == (0.7, 0.8)),
-    "train.gradient_checkpointing": (True, lambda shop, _: any(m.training for m in shop.model.modules())),
+    "train.recompute": ("full", lambda shop, _: "forward" in vars(shop.model.model.layers[0])),
     "train.seed": (9, lambda shop, other: shop.plan[0] != other.plan[0]
                    and not torch.equal(first_a(shop), first_a(other))),
     "eval.every": (3, lambda shop, _: shop.eval_every == 3),

@@ -10,9 +10,11 @@ import pytest
 import torch
 from huggingface_hub import constants
 from rich.console import Console
+from transformers import GPT2Config, LlamaConfig
 
-from loraloom import doctor
+from loraloom import cli, doctor
 from loraloom.doctor import Check, examine, render
+from loraloom.errors import UserError
 
 
 def by_name(checks: list[Check]) -> dict[str, Check]:
@@ -67,6 +69,39 @@ def test_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         assert formats in found["gpu 1"].note
         assert ("fp8" in found["gpu 0"].note) == (capability == (8, 9))
         assert found["gpu 0"].value == "Example, 70.0 GB free of 80.0 GB"
+        assert found["8-bit products"].value == ("yes" if capability == (8, 9) else "no")
+        assert found["attention"].value == ("sdpa" if capability == (7, 5) else "FlashAttention")
+        assert found["CUDA graphs"].value == "yes"
+
+
+def test_a_gpu_of_hoppers_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    found = by_name(list(doctor.abilities(True)))
+    assert found["attention"].value == "FlashAttention, cuDNN for long documents"
+    assert found["8-bit products"].value == "yes"
+    assert found["kernels"].ok in (None, False)  # false where triton is missing
+
+
+def test_how_a_model_would_run(tmp_path: Path, no_sockets: None, capsys: pytest.CaptureFixture[str]) -> None:
+    wide = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4}
+    LlamaConfig(**wide, vocab_size=96, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path / "llama")
+    GPT2Config(
+        n_embd=64, n_layer=2, n_head=4, vocab_size=96, n_inner=200, bos_token_id=1, eos_token_id=2
+    ).save_pretrained(tmp_path / "gpt2")
+    found = by_name(doctor.examine_model(str(tmp_path / "llama")))
+    assert found["model"].value == "llama, 3 layers"
+    assert found["attention"].value == "varlen"
+    assert found["fused layers"].value == "3 of 3"
+    assert found["loss"].value == "in chunks"
+    assert found["8-bit products"].value == "every linear layer"
+    other = by_name(doctor.examine_model(str(tmp_path / "gpt2")))
+    assert other["fused layers"].value.startswith("none: ")
+    assert "200 is no multiple of 16" in other["8-bit products"].note
+    assert cli.run(["doctor", str(tmp_path / "llama"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[2]["value"] == "3 of 3"
+    with pytest.raises(UserError):
+        doctor.examine_model(str(tmp_path))
 
 
 def test_a_broken_part_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:

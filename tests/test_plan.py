@@ -15,7 +15,7 @@ from tiny_run import run_tiny, settings
 from loraloom import api, cli
 from loraloom.config import RunConfig, resolve, with_values
 from loraloom.errors import OutOfMemory, UserError
-from loraloom.fit import find_gpu, fit_pass, largest
+from loraloom.fit import choose, find_gpu, largest
 from loraloom.memory import Predictor
 from loraloom.oom import candidates, explain_oom, savings
 from loraloom.plan import plan, settings_of
@@ -76,12 +76,12 @@ def test_straight_costs_take_few_guesses():
     assert len(asked) < 8
 
 
-@pytest.mark.parametrize("changes", [{}, {"train.gradient_checkpointing": True, "model.quantize": "nf4"}])
+@pytest.mark.parametrize("changes", [{}, {"train.recompute": "full", "model.quantize": "nf4"}])
 def test_what_fits_fits_and_the_next_size_does_not(changes):
     about, chosen = published("llama3.2-1b"), config(**changes)
     work, gpu = assumed(chosen, 131072, 1024), find_gpu("16GB")
-    tokens = fit_pass(chosen, about, work, gpu)
     predictor = Predictor(chosen, about)
+    tokens = choose(predictor, work, gpu, fit=True).tokens
     assert predictor.predict(work.batches(tokens)).needed <= gpu.bytes
     assert predictor.predict(work.batches(tokens + 64)).needed > gpu.bytes or tokens >= 16 * 1024
 
@@ -117,9 +117,9 @@ def test_made_up_rows_use_all_the_tokens_of_a_pass(micro, longest, step, packing
 
 def test_what_was_set_is_not_advised():
     shape, work = published("llama3-70b"), assumed(config(), 8192, 1024)
-    least = config(**{"model.quantize": "nf4", "train.gradient_checkpointing": True})
+    least = config(**{"model.quantize": "nf4", "train.recompute": "offload"})
     with pytest.raises(UserError, match="the smallest pass") as caught:
-        fit_pass(least, shape, work, find_gpu("24GB"))
+        choose(Predictor(least, shape), work, find_gpu("24GB"), fit=True)
     assert "--set" not in caught.value.hint
 
 
@@ -219,7 +219,7 @@ def test_the_two_changes_that_save_most_are_named(monkeypatch):
     work = assumed(chosen, 4096, 2048)
     ranked = savings(chosen, about, work, 4096)
     assert [change.words for change in ranked[:2]] == [
-        "train.gradient_checkpointing=true",
+        "train.recompute=full",
         "train.micro_tokens=2048",
     ]
     assert [change.saved for change in ranked] == sorted((change.saved for change in ranked), reverse=True)
@@ -232,11 +232,11 @@ def test_the_two_changes_that_save_most_are_named(monkeypatch):
     assert "what grew with the batch is activations" in error.message
     assert error.details[0] == "CUDA out of memory. Tried"
     assert error.details[-2].endswith(f"saves {ranked[0].saved / 1e9:.2f} GB")
-    assert error.hint == "--set train.gradient_checkpointing=true --set train.micro_tokens=2048"
+    assert error.hint == "--set train.recompute=full --set train.micro_tokens=2048"
 
 
 def test_what_is_done_already_is_not_advised():
-    chosen = config(r=8, **{"train.gradient_checkpointing": True, "model.quantize": "nf4"})
+    chosen = config(r=8, **{"train.recompute": "full", "model.quantize": "nf4"})
     assert list(candidates(chosen, 256)) == [{"train.optimizer": "adamw8bit"}]
     assert {"r": 32} in list(candidates(config(r=64), 8192))
 

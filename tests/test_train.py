@@ -33,9 +33,10 @@ from loraloom.methods.lora import LoRA
 from loraloom.model import load_model
 from loraloom.optim import make_optimizer, rate_factor, set_rates, warmup_steps
 from loraloom.packing import Batch, pack
+from loraloom.recompute import apply
 from loraloom.rundir import Run
 from loraloom.step import StepStats, check_gradients, train_step
-from loraloom.workshop import build, checkpoint_layers
+from loraloom.workshop import build
 
 pytestmark = pytest.mark.usefixtures("quick")
 EXACT = {"rtol": 1e-10, "atol": 1e-14}  # float64 sums in another order
@@ -139,7 +140,7 @@ def test_gradient_checkpointing_computes_the_same(kind: str, rel: float, quantiz
         layer = model.get_submodule("transformer.h.0.mlp" if kind == "gpt2" else "model.layers.0.mlp")
         layer.register_forward_pre_hook(lambda *inputs, calls=calls: calls.append(inputs))
         if checkpointed:
-            checkpoint_layers(model)
+            apply(model, adapters, "full")
         batches = pack(examples(), pad_id=256, micro_tokens=64, packing=True)
         stats = take(model, adapters, batches)
         assert len(calls) == len(batches) * (1 + checkpointed)  # recomputed, not only said to be
@@ -519,7 +520,7 @@ def test_packed_or_not_a_run_ends_the_same(model_folder: Path, data_file: Path, 
         ("packed", {}),
         ("padded", {"data__packing": False}),
         ("small", {"train__micro_tokens": 16}),
-        ("checkpointed", {"train__gradient_checkpointing": True}),
+        ("checkpointed", {"train__recompute": "full"}),
     ):
         run = run_tiny(model_folder, data_file, tmp_path / name, dropout=0.1, **changes)
         finals.append([record["loss"] for record in run.metrics("eval")])
@@ -542,7 +543,7 @@ def test_examples_are_what_the_workshop_trains_on(model_folder: Path, data_file:
     assert isinstance(shop.train, Examples)
     assert len(shop.train) == 20
     assert len(shop.eval) == 4
-    assert shop.decided.keys() == {"alpha", "target_modules", "train.micro_tokens"}
+    assert shop.decided.keys() == {"alpha", "target_modules", "train.micro_tokens", "train.recompute"}
     assert (shop.config.alpha, shop.config.target_modules) == ("2r", "all-linear")
 
 

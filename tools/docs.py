@@ -6,6 +6,7 @@ docs/reference/methods.md    every method and its own settings, from the files i
 README.md                    the table of one training step, between its two marks
 docs/qlora.md                tables of what was measured, between their marks (tables.py)
 docs/methods.md              the same of the family (method_tables.py), and its picture (method_figure.py)
+docs/speed.md                the same of speed beside other tools (speed_tables.py)
 """
 
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import click
 import method_tables
+import speed_tables
 from method_figure import loss_figure
 from tables import filled
 
@@ -88,6 +90,9 @@ def main() -> int:
         ROOT / "docs" / "qlora.md": filled((ROOT / "docs" / "qlora.md").read_text(encoding="utf-8")),
         ROOT / "docs" / "methods.md": filled(
             (ROOT / "docs" / "methods.md").read_text(encoding="utf-8"), method_tables.TABLES
+        ),
+        ROOT / "docs" / "speed.md": filled(
+            (ROOT / "docs" / "speed.md").read_text(encoding="utf-8"), speed_tables.TABLES
         ),
     }
     if (study := method_tables.measured(method_tables.STUDY)) is not None:

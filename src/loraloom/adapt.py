@@ -48,6 +48,7 @@ class Adapters:
         self._explicit = False
         self._text = Text()
         self._pristine = Pristine()
+        self.fast: list[Any] = []  # fused decoder layers, if fast.engage() was called
         self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         model.requires_grad_(False)
         self._hook = model.register_forward_pre_hook(self._see, with_kwargs=True)
@@ -110,11 +111,18 @@ class Adapters:
     def detach(self) -> None:
         """Take everything off: the model is again what it was, bit for bit."""
         self.unmerge()
+        self.unfuse()
         for name in list(self.adapters):
             self.remove(name)
         self._hook.remove()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))
+
+    def unfuse(self) -> None:
+        """Give fused decoder layers their own code again."""
+        for layer in self.fast:
+            layer.release()
+        self.fast.clear()
 
     # ---- which are in use -------------------------------------------------------------------------------
 

@@ -29,12 +29,14 @@ from .data import Examples
 from .data import cache as store
 from .errors import Failure, NonFinite, OutOfMemory, UserError
 from .files import write_json, write_text
-from .fit import find_gpu, fit_pass
+from .fit import choose, find_gpu
 from .fold import merge
+from .memory import Predictor
 from .model import Loaded
 from .oom import explain_oom
 from .packing import StepPlan
 from .quant import Weight4
+from .recompute import Choice
 from .report import build_report
 from .rundir import Run, refuse_taken
 from .small_model import cache_folder
@@ -260,13 +262,20 @@ def parameter_counts(shop: Workshop) -> dict[str, int]:
     return {"trainable": trainable, "total": sum(p.numel() for p in shop.model.parameters())}
 
 
-def fit_beside_the_model(config: RunConfig, loaded: Loaded, examples: Examples, steps: StepPlan) -> int:
-    """The most tokens of a pass for which the GPU has room, now that the base stands in it."""
+def fit_beside_the_model(config: RunConfig, loaded: Loaded, examples: Examples, steps: StepPlan) -> Choice:
+    """What to compute again, and the tokens of a pass, for which the GPU has room now that the base stands in it."""
     gpu = find_gpu(None)
     assert gpu is not None
     held = torch.cuda.memory_reserved(loaded.device)
     work, config = Measured(examples, steps, packing=config.data.packing), as_kept(config, loaded.model)
-    return fit_pass(config, loaded.model.config, work, replace(gpu, bytes=gpu.bytes + held))
+    try:
+        predictor = Predictor(config, loaded.model.config, cudnn=gpu.cudnn)
+    except UserError as error:
+        if config.train.micro_tokens == "fit":
+            raise
+        assert isinstance(config.train.micro_tokens, int)
+        return Choice("none", config.train.micro_tokens, error.message)
+    return choose(predictor, work, replace(gpu, bytes=gpu.bytes + held))
 
 
 def as_kept(config: RunConfig, model: Any) -> RunConfig:
@@ -274,9 +283,7 @@ def as_kept(config: RunConfig, model: Any) -> RunConfig:
     codes = next((p.codes for p in model.parameters() if isinstance(p, Weight4)), None)
     if codes is None:
         return config
-    double = not isinstance(codes.scales, torch.Tensor)
-    kept = {"model.quantize": codes.table, "model.double_quant": double, "model.quant_block": codes.block}
-    return with_values(config, kept)
+    return with_values(config, codes.settings)
 
 
 def out_of_memory(shop: Workshop, error: Exception) -> OutOfMemory:

@@ -18,13 +18,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import UserError
 from .flow import Flow
 from .kernels.dropout import keyed_dropout, token_key
-from .layers import BlockLayer, Layer
+from .kernels.lora_linear import Base, lora_linear
+from .layers import BlockLayer, Conv1DLayer, Layer
 from .methods.base import LowRank, Pair, Site, Tensors
+from .quant import Weight4
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,14 @@ class Compute:
     gain: Tensor | None  # (O,) if K = 1, else (K + 1, O) with a last row of ones for tokens that nobody owns
     others: list[tuple[int, Site]]  # methods that are no low-rank pair, with the index of their adapter
     rates: list[float]  # dropout by adapter
+
+    @property
+    def one_pair(self) -> bool:
+        """Whether this is a single pair of all tokens and of the module's own, with nothing around it."""
+        if len(self.segments) != 1 or self.gain is not None or self.others:
+            return False
+        one = self.segments[0]
+        return one.out is None and one.owner_R is None and one.rows is None and not one.shared
 
     def tensors(self) -> Iterator[Tensor]:
         """The tensors that gradients flow into."""
@@ -123,6 +133,12 @@ class Bank:
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:  # inside backward()
             self.flow.check_recomputation()
         compute = self.held or self.build()
+        base = self.plain(x, compute) if compute is not None and not args and not kwargs else None
+        if compute is not None and base is not None:
+            pair, dropped = compute.segments[0], self.drop(x, compute)
+            bias = self.module.bias
+            apart = None if dropped is x else dropped
+            return lora_linear(x, base, bias, pair.A, pair.B, pair.e, apart)  # type: ignore[arg-type]
         y = self.base_forward(self.entering(x, compute), *args, **kwargs)
         if compute is None:
             return y
@@ -139,6 +155,27 @@ class Bank:
         if u is not None and compute.gain is not None:
             u = self.with_gain(u, wx, compute.gain)
         return self.layer.unlast(self.put(x, wx if u is None else wx + u, compute))
+
+    def plain(self, x: Tensor, compute: Compute) -> Base | None:
+        """The frozen layer, where it and one low-rank pair are all there is: they are one node then; else None."""
+        w, kind = self.module.weight, type(self.layer)
+        own = getattr(self.base_forward, "__func__", None)  # an overlay's, or a wrapper's, is another
+        if not (compute.one_pair and kind in (Layer, Conv1DLayer) and own is type(self.module).forward):
+            return None
+        if kind is Layer and own is not nn.Linear.forward:
+            return None
+        if not isinstance(w, Tensor) or type(w) not in (nn.Parameter, Tensor, Weight4):
+            return None
+        if w.requires_grad or w.dtype != x.dtype:
+            return None
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            return None
+        if torch.compiler.is_compiling():
+            return None
+        if not isinstance(w, Weight4):
+            return Base(w.detach(), turned=kind is Conv1DLayer)
+        return Base(w.codes, turned=w.flipped == (kind is Layer), eight=w.fp8)
 
     def put(self, x: Tensor, y: Tensor, compute: Compute) -> Tensor:
         """The output with what methods put in its place."""

@@ -25,6 +25,7 @@ from .errors import UserError
 from .kernels.quant4 import Scales8, check4, table
 from .kernels.scales8 import dynamic_map
 from .quant import Codes, Weight4
+from .weights8 import Codes8
 
 STATE = ".quant_state.bitsandbytes__"
 NESTED_BLOCK = 256
@@ -142,7 +143,7 @@ def file_tensors(name: str, w: Weight4) -> dict[str, Tensor]:
     raises  UserError for what its format has no place for
     """
     codes = w.codes
-    if codes.table not in TABLES or codes.experts is not None:
+    if isinstance(codes, Codes8) or codes.table not in TABLES or codes.experts is not None:
         raise no_place(f"{name}, fused experts," if codes.experts is not None else f"the table {codes.table}")
     about: dict[str, Any] = {
         "quant_type": codes.table,

@@ -107,13 +107,17 @@ model_option = click.option("-m", "--model", help="The base: a folder or a Huggi
 
 
 @cli.command()
+@click.argument("model", required=False)
 @click.option("--online", is_flag=True, help="Ask the hub too; without it no request is made.")
 @with_json
-def doctor(online: bool, as_json: bool) -> Any:
-    """Say what this machine can do, and what to install for the rest."""
+def doctor(model: str | None, online: bool, as_json: bool) -> Any:
+    """Say what this machine can do, and what to install for the rest; of a MODEL, how it would run on a GPU."""
     from . import doctor as examination
 
-    checks = examination.examine(online=online)
+    if model is None:
+        checks = examination.examine(online=online)
+    else:
+        checks = examination.examine_model(model, online=online)
     if as_json:
         return [asdict(check) for check in checks]
     return examination.render(checks, console.out)

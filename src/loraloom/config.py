@@ -40,14 +40,23 @@ class ModelConfig(Section):
         description="the base's number format; auto: bfloat16 on hardware that computes in it, else float32",
     )
     device: str = Field("auto", description="cpu, cuda, cuda:1 ...; auto: the first GPU, else the CPU")
-    attention: Literal["sdpa", "eager"] = Field("sdpa", description="the attention of transformers to use")
+    attention: Literal["auto", "varlen", "sdpa", "eager"] = Field(
+        "auto",
+        description="varlen: each document by itself, by the fastest kernel for its length; sdpa and eager are "
+        "transformers' own; auto: varlen on a GPU where the model can, else sdpa",
+    )
     allow_pickle: bool = Field(
         False, description="read .bin weights, which can run code when loaded; safetensors cannot"
     )
-    quantize: Literal["none", "nf4", "fp4", "e2m1"] = Field(
+    quantize: Literal["none", "nf4", "fp4", "e2m1", "fp8"] = Field(
         "none",
         description="keep the linear layers in 4 bits: nf4 (QLoRA), fp4 (bitsandbytes' table) or e2m1 (the OCP "
-        "format); embeddings, head and norms stay as dtype says",
+        "format), or in 8: fp8 (e4m3); embeddings, head and norms stay as dtype says",
+    )
+    fp8: bool | Auto = Field(
+        "auto",
+        description="multiply with quantised weights in 8-bit floats, forward and backward; auto: where the GPU "
+        "has the instructions",
     )
     double_quant: bool = Field(True, description="keep the scales of 4-bit blocks in 8 bits")
     quant_block: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = Field(
@@ -141,8 +150,17 @@ class TrainConfig(Section):
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="of AdamW")
     momentum: Fraction = Field(0.9, description="of SGD")
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(1.0, description="clipping; null: none")
-    gradient_checkpointing: bool = Field(
-        False, description="keep only each layer's input and compute the rest again: less memory, more time"
+    recompute: Literal["auto", "none", "gate_up", "full", "offload"] = Field(
+        "auto",
+        description="what the backward pass computes again, for less memory: nothing, the MLP's inner width, whole "
+        "layers, or whole layers with their inputs kept on the host; auto: the least that fits the GPU",
+    )
+    fast: bool | Auto = Field(
+        "auto", description="fused decoder layers where the model has Llama-like ones; auto: on a GPU"
+    )
+    compile: bool = Field(False, description="torch.compile for the decoder layers that are not fused")
+    graphs: bool | Auto = Field(
+        "auto", description="replay short steps as one CUDA graph; auto: up to 2,048 tokens, where the run allows it"
     )
     seed: int = Field(0, description="of the initial adapter, the order of the data and dropout")
     save_every: Positive | None = Field(None, description="steps between checkpoints; null: by save_minutes")

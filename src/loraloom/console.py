@@ -82,6 +82,9 @@ class TrainView:
             mark = f"before the first step; the base {record['base']:.4f}"
         err.print(f" eval at step {record['step']}: held-out loss {record['loss']:.4f}  {mark}".rstrip())
 
+    def on_note(self, words: str) -> None:
+        err.print(Text(f"     note  {words}", style="dim"))
+
     def on_sample(self, record: dict[str, Any]) -> None:
         prompt, answer = (" ".join(str(record[key]).split()) for key in ("prompt", "answer"))
         prompt = "…" + prompt[-59:] if len(prompt) > 60 else prompt  # a prompt's end says what was asked
@@ -103,6 +106,7 @@ def facts(shop: Any) -> list[tuple[str, str]]:
     ranks = "" if config.r == "auto" else f"r {config.r}  alpha {shown_alpha(config)}  "
     train = config.train
     batch = f"{train.batch_tokens} tokens" if train.batch_tokens else f"{train.batch_size} examples"
+    kept = [shop.loaded.quantised or "dense", *filter(None, [shop.loaded.products])]
     return [
         ("model", f"{config.model.id}  on {shop.loaded.device}, {shop.loaded.reason}"),
         ("kernels", shop.kernels),
@@ -120,7 +124,8 @@ def facts(shop: Any) -> list[tuple[str, str]]:
             f"{batch} in passes of {train.micro_tokens} tokens{', packed' if shop.packing else ''}; "
             f"{len(shop.plan)} steps, {train.optimizer} {train.learning_rate:g}, {train.schedule}",
         ),
-        ("base", f"{shop.loaded.quantised or 'dense'}; every weight is frozen, its own dropout is off"),
+        ("recompute", f"{shop.recompute.tier}: {shop.recompute.reason}"),
+        ("base", f"{', '.join(kept)}; every weight is frozen, its own dropout is off"),
         *(("note", text) for text in shop.loaded.notes),
     ]
 
@@ -219,7 +224,7 @@ def show_plan(plan: dict[str, Any]) -> None:
         ),
         ("method", f"{plan['method']}  r {plan['r']}  {plan['adapted']} layers, {share_of(plan)}"),
         ("pass", f"{plan['micro_tokens']:,} tokens: {plan['batch']}"),
-        ("recompute", plan["recompute"]),
+        ("recompute", f"{plan['recompute']}: {plan['reason']}"),
     ]
     kept = plan["dtype"] if plan["quantize"] == "none" else f"linear layers in {plan['quantize']}"
     about = {"base": kept, "optimizer": plan["optimizer"], "adapters": "float32", "gradients": "float32"}
@@ -230,6 +235,7 @@ def show_plan(plan: dict[str, Any]) -> None:
     lines += [("on the GPU", plan["needed"], "with the driver's context and room for fragments")]
     show_facts(facts)
     show_sizes("memory", lines)
+    show_sizes("on the GPU, by what is computed again (train.recompute)", [tier_of(one) for one in plan["tiers"]])
     show_facts(
         [("fits", fits(plan))] if plan["gpu"] else [("fits", "no GPU here; name one's memory: --gpu 80GB")]
     )
@@ -250,6 +256,11 @@ def show_plan(plan: dict[str, Any]) -> None:
             ("steps", steps_of(plan["steps"])),
         ]
     )
+
+
+def tier_of(row: dict[str, Any]) -> tuple[str, int, str]:
+    """A recomputation: what a GPU must have free for it."""
+    return row["recompute"], row["needed"] or 0, {True: "fits", False: "does not fit", None: ""}[row["fits"]]
 
 
 def share_of(plan: dict[str, Any]) -> str:

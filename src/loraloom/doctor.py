@@ -1,4 +1,4 @@
-"""What this machine has and lacks for fine-tuning, and the command that mends it.
+"""What this machine has and lacks for fine-tuning, and the command that mends it; and how a model would run on a GPU.
 
 Makes no request unless asked. Nothing heavy is imported at the top: a broken torch is a finding, not a crash.
 """
@@ -165,11 +165,69 @@ def gpus() -> Iterator[Check]:
             free > 2 * GB,
             f"capability {major}.{minor}, {' and '.join(formats) or 'no bf16: float32 is used'}",
         )
+    yield from abilities(torch.cuda.is_available())
+
+
+def abilities(gpu: bool) -> Iterator[Check]:
+    """What training would run on: kernels, attention, 8-bit products, graphs."""
+    import torch
+
+    from .kernels.fp8 import fp8_reason
     from .kernels.twin import path_of
 
-    path, why = path_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    slow = torch.cuda.is_available() and path == "torch"
-    yield Check("kernels", path, False if slow else None, why)
+    device = torch.device("cuda" if gpu else "cpu")
+    path, why = path_of(device)
+    yield Check("kernels", path, False if gpu and path == "torch" else None, why)
+    if not gpu:
+        yield Check("attention", "sdpa", None, "attention by documents, 8-bit products and graphs are for GPUs")
+        return
+    capability = torch.cuda.get_device_capability(device)
+    found = ["FlashAttention"] if capability[0] >= 8 else []
+    found += ["cuDNN for long documents"] if capability[0] >= 9 and torch.backends.cudnn.is_available() else []
+    note = "of torch" if found else "FlashAttention wants a GPU of 2020 or later: transformers' sdpa is used"
+    yield Check("attention", ", ".join(found) or "sdpa", None, note)
+    reason = fp8_reason(device)
+    yield Check("8-bit products", "yes" if reason is None else "no", None, reason or "model.fp8")
+    yield Check("CUDA graphs", "yes", None, "train.graphs, for short passes")
+
+
+def examine_model(name: str, *, online: bool = False) -> list[Check]:
+    """How a model would run on a GPU, from its config.json alone.
+
+    raises  UserError if there is no such model
+    """
+    import torch
+
+    from .adapt import attach
+    from .config import resolve
+    from .fast import engage
+    from .incoming import quantize_model
+    from .model import settle_attention
+    from .nll import why_whole_logits
+    from .plan import folder_of
+    from .products8 import use_fp8
+    from .skeleton import meta_model, num_layers, read_shape
+    from .trace import Shapes
+
+    config = resolve(None, {"model": name, "data": "none", "output": "none"})[0]
+    folder = folder_of(config, offline=not online)
+    shape, meta = read_shape(folder), torch.device("meta")
+    model = meta_model(shape, dtype=torch.bfloat16)
+    with Shapes():
+        attention, _, why = settle_attention(model, "auto", meta, torch.bfloat16).partition(": ")
+        whole = why_whole_logits(model)
+        with meta:
+            adapters = attach(model)
+    lines = engage(adapters)
+    eight = use_fp8(quantize_model(meta_model(shape, dtype=torch.bfloat16), "nf4"), True, meta)
+    fused = lines[0].removeprefix("fused layers: ")
+    return [
+        Check("model", f"{shape.model_type}, {num_layers(shape)} layers", None, f"{folder}: on a GPU it would run so"),
+        Check("attention", attention, None, why),
+        Check("fused layers", fused, None, "; ".join(lines[1:])),
+        Check("loss", "in chunks" if whole is None else "from whole logits", None, whole or ""),
+        Check("8-bit products", "some" if eight else "every linear layer", None, "; ".join(eight) or "once quantised"),
+    ]
 
 
 def existing(path: Path) -> Path:

@@ -6,7 +6,7 @@ own answers and everything that is stored know nothing of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -75,10 +75,15 @@ def dress_prompts(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[li
 
 def dress(model: nn.Module, examples: Sequence[Example]) -> Sequence[Example]:
     """Examples with the tokens of the adapter in use; the infix stands before the last run of trained tokens."""
+    return dresser(model)(examples)
+
+
+def dresser(model: nn.Module) -> Callable[[Sequence[Example]], Sequence[Example]]:
+    """`dress` for the adapter in use now, whichever is in use when it is called."""
     prefix, infix = tokens_of(model)
     if not prefix and not infix:
-        return examples
-    return [with_tokens(example, prefix, infix) for example in examples]
+        return lambda examples: examples
+    return lambda examples: [with_tokens(example, prefix, infix) for example in examples]
 
 
 def with_tokens(example: Example, prefix: list[int], infix: list[int]) -> Dressed:

@@ -1,4 +1,4 @@
-"""The largest pass that fits a GPU: `loraloom plan --fit`, and train.micro_tokens=fit.
+"""What fits a GPU: the least recomputation (train.recompute=auto), and the largest pass (train.micro_tokens=fit).
 
 units   bytes; a GPU sold as "80 GB" has 0.98 * 80 * 2**30 to give. Tokens of a pass in steps of GRAIN
 """
@@ -6,16 +6,16 @@ units   bytes; a GPU sold as "80 GB" has 0.98 * 80 * 2**30 to give. Tokens of a 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from .config import RunConfig
 from .errors import UserError
-from .memory import CONTEXT, Predictor
+from .memory import CONTEXT, Prediction, Predictor, tier
+from .recompute import TIERS, Choice
 from .workload import Workload
+from .workshop import GPU_TOKENS
 
 GRAIN = 64  # tokens between two sizes of a pass that are told apart
 SOLD = 0.98  # of a GPU's gigabytes, what the driver leaves: an H100 "80GB" has 79.2 * 2**30 bytes
@@ -63,25 +63,72 @@ def largest(cost: Callable[[int], int], limit: int, most: int) -> int | None:
 
 def nothing_fits(predictor: Predictor, work: Workload, gpu: Gpu) -> UserError:
     least, config = predictor.predict(work.batches(GRAIN)), predictor.config
-    left = [] if config.train.gradient_checkpointing else ["--set train.gradient_checkpointing=true"]
+    left = [] if tier(config) == "offload" else ["--set train.recompute=offload"]
     left += ["--set model.quantize=nf4"] if config.model.quantize == "none" else []
     return UserError(
         f"the smallest pass needs {least.needed / 1e9:.1f} GB, {gpu.name} has {gpu.bytes / 1e9:.1f}",
         details=[f"{part}: {size / 1e9:.2f} GB" for part, size in least.parts.items()],
-        hint=", ".join(left) + ("or " if left else "") + "a smaller data.max_length, or a smaller model",
+        hint=", ".join(left) + (", or " if left else "") + "a smaller data.max_length, or a smaller model",
     )
 
 
-def fit_pass(config: RunConfig, shape: Any, work: Workload, gpu: Gpu) -> int:
-    """train.micro_tokens=fit: the most tokens of a pass that fits.
+@dataclass(frozen=True)
+class Tier:
+    """What a recomputation needs, or why this model cannot."""
 
-    raises  UserError if none does
+    name: str
+    found: Prediction | None
+    reason: str = ""
+
+
+def tiers(predictor: Predictor, work: Workload, tokens: int) -> Iterator[Tier]:
+    """Every recomputation with its prediction for passes of so many tokens, the one that keeps most first."""
+    for name in TIERS:
+        try:
+            other = predictor.at(name)
+        except UserError as error:
+            yield Tier(name, None, error.message)
+            continue
+        yield Tier(name, other.predict(work.batches(tokens)))
+
+
+def least_recompute(predictor: Predictor, work: Workload, tokens: int, gpu: Gpu) -> tuple[str, str]:
+    """The recomputation that costs least time among those that fit, and why; the smallest if none fits."""
+    tried: list[tuple[int, str]] = []
+    room = f"{gpu.bytes / 1e9:.1f} GB there are"
+    try:
+        for one in tiers(predictor, work, tokens):
+            if one.found is None:
+                continue
+            if one.found.needed <= gpu.bytes:
+                before = f"; {tried[-1][1]} would need {tried[-1][0] / 1e9:.1f}" if tried else ""
+                return one.name, f"needs {one.found.needed / 1e9:.1f} of the {room}{before}"
+            tried.append((one.found.needed, one.name))
+    except UserError as error:
+        return "none", error.message
+    needed, name = min(tried)
+    return name, f"the smallest, and it needs {needed / 1e9:.1f} of the {room}"
+
+
+def choose(predictor: Predictor, work: Workload, gpu: Gpu, *, fit: bool = False) -> Choice:
+    """What a run computes again and the tokens of its passes, as the settings say or as they fit.
+
+    fit  the largest pass, whatever the settings say
+
+    raises  UserError if a pass is to be fitted and not even the smallest fits
     """
-    predictor = Predictor(config, shape, cudnn=gpu.cudnn)
-    found = largest_pass(predictor, work, gpu.bytes)
-    if found is None:
-        raise nothing_fits(predictor, work, gpu)
-    return found
+    wish = predictor.config.train
+    tokens = wish.micro_tokens if isinstance(wish.micro_tokens, int) else GPU_TOKENS
+    name, reason = wish.recompute, "as set"
+    if wish.recompute == "auto":
+        name, reason = least_recompute(predictor, work, tokens, gpu)
+    if fit or wish.micro_tokens == "fit":
+        predictor = predictor.at(name)
+        found = largest_pass(predictor, work, gpu.bytes)
+        if found is None:
+            raise nothing_fits(predictor, work, gpu)
+        tokens = found
+    return Choice(name, tokens, reason)
 
 
 def find_gpu(text: str | None) -> Gpu | None:

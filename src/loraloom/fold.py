@@ -174,7 +174,8 @@ def verified(
 
 def on_base(found: Found, dtype: str, recipe: Recipe, *, offline: bool) -> tuple[Loaded, Adapters]:
     """The adapter on its base, computing in the result's number format: codes come from the numbers in `dtype`."""
-    loaded, adapters = load_found(found, dtype, offline=offline)
+    exact = replace(found, base=found.base.model_copy(update={"fp8": False}))  # as the result multiplies
+    loaded, adapters = load_found(exact, dtype, offline=offline)
     assert adapters is not None
     if loaded.model.dtype != recipe.dtype:
         loaded.model.to(recipe.dtype)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import exp
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .data.examples import Example
 from .dressing import dress, holding
@@ -62,14 +62,16 @@ def held_out(
     device = next(model.parameters()).device
     nats = torch.zeros(len(examples), dtype=torch.float64)
     targets = torch.zeros(len(examples), dtype=torch.int64)
+    found: list[tuple[Tensor, Tensor]] = []
     with evaluating(model), holding(model):
         for batch in pack(dress(model, examples), micro_tokens=micro_tokens, packing=packing, pad_id=pad_id):
-            nll_L, index_L = token_nll(model, batch.to(device))
-            member_L = batch.token.flatten()[index_L.cpu()] // TOKENS
-            nats.index_add_(0, member_L, nll_L.cpu().double())
-            targets.index_add_(0, member_L, torch.ones_like(member_L))
+            nll_L, _ = token_nll(model, batch.to(device))
+            found.append((batch.token.flatten()[batch.target_at] // TOKENS, nll_L))
             if on_batch:
                 on_batch(len(batch.rows))
+    for member_L, nll_L in found:  # all passes are queued by now: a GPU is waited for once
+        nats.index_add_(0, member_L, nll_L.cpu().double())
+        targets.index_add_(0, member_L, torch.ones_like(member_L))
     if not targets.any():
         raise DataError(
             "no token of the held-out examples carries loss", hint="look at `loraloom data` and data.loss_on"

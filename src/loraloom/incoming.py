@@ -21,7 +21,7 @@ EXPERTS = "experts"  # the name of a module that holds the fused weights (E, O, 
 class Incoming:
     """Takes the weights one after the other.
 
-    table  nf4, fp4 or e2m1 for the linear layers; None leaves them as they come
+    table  nf4, fp4, e2m1 or fp8 for the linear layers; None leaves them as they come
     keep   ends of module names that stay in 16 bits, such as a head to be trained whole
     plain  only layers of torch's and transformers' own classes, which are those that bitsandbytes replaces
     """
@@ -50,10 +50,10 @@ class Incoming:
         try:
             return quantized(value, table=self.table, block=self.block, double=self.double, flipped=turned)
         except ValueError as error:
-            raise broken(arrival.name, value) from error
+            raise broken(arrival.name, value, self.table) from error
 
     def is_meant(self, arrival: Arrival) -> bool:
-        """Whether a weight goes into 4 bits: linear layers but the head, and fused experts."""
+        """Whether a weight is to be quantised: linear layers but the head, and fused experts."""
         path, _, leaf = arrival.name.rpartition(".")
         if arrival.kept or any(
             path == k or path.endswith("." + k) or f".{k}." in f".{path}." for k in self.keep
@@ -84,18 +84,19 @@ def multiplies(module: nn.Module) -> bool:
 
 
 def runs_one_by_one(model: nn.Module) -> bool:
-    """Whether transformers can run this model's experts one after the other, which 4 bits need."""
+    """Whether transformers can run this model's experts one after the other, which quantised ones need."""
     asks = getattr(type(model), "_can_set_experts_implementation", None)
     return bool(asks is not None and asks())
 
 
-def broken(name: str, value: Tensor) -> UserError:
+def broken(name: str, value: Tensor, table: str) -> UserError:
     """The error for a weight that cannot be quantised."""
     bad = int((~value.isfinite()).sum())
     hint = "the checkpoint is broken; fetch it again, or convert it anew"
     if value.dtype == torch.float16:
         hint = "they may be too large for float16: set model.dtype=bfloat16; or " + hint
-    return NonFinite(f"{name} holds {bad:,} values that are not finite, which 4 bits cannot keep", hint=hint)
+    kept = "8-bit floats" if table == "fp8" else "4 bits"
+    return NonFinite(f"{name} holds {bad:,} values that are not finite, which {kept} cannot keep", hint=hint)
 
 
 def settle(model: nn.Module, device: torch.device) -> None:
@@ -116,7 +117,7 @@ def settle(model: nn.Module, device: torch.device) -> None:
 def quantize_model(
     model: nn.Module, table: str = "nf4", *, block: int = 64, double: bool = True, keep: Sequence[str] = ()
 ) -> nn.Module:
-    """Put the linear layers and fused experts of a model that is in memory, or on meta, into 4 bits.
+    """Put the linear layers and fused experts of a model that is in memory, or on meta, into 4 bits, or 8.
 
     The head, and what is tied to it, stays as it is, as when a checkpoint is read.
     """

@@ -33,13 +33,15 @@ from .model import DTYPES
 from .optim import sgd_has_no_moments, split_decay
 from .optim8 import host_bytes, staging_bytes, state_bytes
 from .packing import Batch
+from .products8 import use_fp8
 from .quant import Weight4, stored_bytes
+from .recompute import apply, fuse
 from .sdpa import Kernel, fused_attention
 from .skeleton import decoder_layers, meta_model, num_layers, text_config
 from .step import train_step
 from .targets import layer_number
 from .trace import BACKWARD, Shapes, Tape, in_backward
-from .workshop import any_ids, checkpoint_layers, spec_of
+from .workshop import any_ids, spec_of
 
 # What torch takes beside tensors: a workspace of cuBLAS for each of two threads, forward and backward.
 CUBLAS = 2 * 32 * 2**20  # of Hopper: parseChosenWorkspaceSize in CUDABlas.cpp of torch 2.11
@@ -47,12 +49,11 @@ CONTEXT = 600 * 2**20  # the driver's context and torch's kernels; not in torch.
 FRAGMENTS = 0.06  # of what comes and goes: reserved over allocated in packed runs of several libraries
 
 SHORT, LONG = 3, 4  # layers of the two models traced: a first, a second and a last one, and one between them
-RECOMPUTE: dict[str, Callable[[Any], None]] = {"none": lambda model: None, "full": checkpoint_layers}
 
 
 def tier(config: RunConfig) -> str:
-    """The recomputation that the settings ask for."""
-    return "full" if config.train.gradient_checkpointing else "none"
+    """The recomputation that the settings ask for; none where it is still open."""
+    return "none" if config.train.recompute == "auto" else config.train.recompute
 
 
 def dtype_of(config: RunConfig) -> torch.dtype:
@@ -131,22 +132,43 @@ class Predictor:
     shape   the model's transformers config
     cudnn   whether the GPU's torch prefers cuDNN's attention (Hopper, Blackwell)
     kernel  an attention kernel, instead of the one that torch would choose
+    whole   a rig of the whole model that is there already, to count its weights
 
     raises  UserError for settings that do not fit the model, or a model whose steps depend on more than shapes
     """
 
     def __init__(
-        self, config: RunConfig, shape: Any, *, cudnn: bool = True, kernel: Kernel | None = None
+        self,
+        config: RunConfig,
+        shape: Any,
+        *,
+        cudnn: bool = True,
+        kernel: Kernel | None = None,
+        whole: Rig | None = None,
     ) -> None:
         self.config, self.shape, self.cudnn, self.kernel = config, shape, cudnn, kernel
         self._rigs: dict[int, Rig] = {}
         self._known: dict[Any, Prediction] = {}
+        self._tiers: dict[str, Predictor] = {tier(config): self}
         self.num_layers = num_layers(shape)
-        self.whole = self.rig(self.num_layers)
+        self.whole = whole or self.rig(self.num_layers)
+
+    def at(self, tier: str) -> Predictor:
+        """The same run with another recomputation.
+
+        raises  UserError if this model cannot
+        """
+        if tier not in self._tiers:
+            config = with_values(self.config, {"train.recompute": tier})
+            other = Predictor(config, self.shape, cudnn=self.cudnn, kernel=self.kernel, whole=self.whole)
+            other.rig(SHORT if other.straight else other.num_layers)
+            other._tiers = self._tiers
+            self._tiers[tier] = other
+        return self._tiers[tier]
 
     def rig(self, layers: int) -> Rig:
         if layers not in self._rigs:
-            self._rigs[layers] = build(self.config, self.shape, layers)
+            self._rigs[layers] = build(self.config, self.shape, layers, eight=self.cudnn)
         return self._rigs[layers]
 
     def predict(self, batches: Sequence[Batch], *, whole: bool = False) -> Prediction:
@@ -155,16 +177,16 @@ class Predictor:
         whole  trace every layer
         """
         batches = batches[:2]
-        key = whole, *((made.ids.shape, made.targets, len(made.rows)) for made in batches)
+        key = whole, *((made.ids.shape, made.targets, made.documents.lengths) for made in batches)
         if key not in self._known:
-            line = not whole and self.num_layers > LONG and self.alike
-            phases = self.line(batches) if line else self.trace(self.num_layers, batches)
+            phases = self.line(batches) if self.straight and not whole else self.trace(self.num_layers, batches)
             self._known[key] = highest(phases)
         return self._known[key]
 
     @cached_property
-    def alike(self) -> bool:
-        return alike(self.whole)
+    def straight(self) -> bool:
+        """Whether two short models tell of the whole one."""
+        return self.num_layers > LONG and alike(self.whole)
 
     def line(self, batches: Sequence[Batch]) -> dict[str, dict[str, int]]:
         """The parts at the highest point of each phase, from two short models."""
@@ -207,20 +229,25 @@ class Predictor:
         return {phase: tape.by_part(peak.when) for phase, peak in tape.peaks.items() if phase != "middle"}
 
 
-def build(config: RunConfig, shape: Any, layers: int) -> Rig:
-    """The first layers of a model on the meta device, quantised and with its adapter as the settings ask for."""
+def build(config: RunConfig, shape: Any, layers: int, *, eight: bool = True) -> Rig:
+    """The first layers of a model on the meta device, quantised and with its adapter as the settings ask for.
+
+    eight  whether the GPU multiplies 8-bit floats
+    """
     m = config.model
     model = meta_model(shape, dtype=dtype_of(config), attention=m.attention, layers=layers)
     if m.quantize != "none":
         quantize_model(
             model, m.quantize, block=m.quant_block, double=m.double_quant, keep=config.modules_to_save
         )
+        use_fp8(model, m.fp8 is True or (m.fp8 == "auto" and eight), torch.device("meta"))
     adapters = Adapters(model)
     with torch.device("meta"), Shapes():
         adapter = adapters.add(
             "default", spec_of(with_values(config, any_ids(config))), blank=True, starting=True
         )
-    RECOMPUTE[tier(config)](model)
+    fuse(adapters, config.train, gpu=True)
+    apply(model, adapters, tier(config))
     adapters.train()
     return Rig(model, adapters, adapter, StandIn(adapters.groups(1.0), config.train))
 

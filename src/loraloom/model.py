@@ -16,14 +16,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
-from . import bnb_format, files
+from . import attention, bnb_format, files
 from .config import ModelConfig
 from .errors import OutOfMemory, UserError
 from .hub import Resolved, resolve
@@ -31,6 +35,7 @@ from .incoming import Incoming, settle
 from .model_files import find_weights, has_tokenizer, read_config
 from .on_load import Arrival, Take, passing
 from .pretrained import from_folder, pad_id, quiet, stop_ids, valid_generation, write_tokenizer
+from .products8 import use_fp8
 from .progress import counted
 from .quant import Weight4, bits_per_parameter, stored_bytes
 
@@ -51,6 +56,8 @@ CLASSES = {
     "classify": AutoModelForSequenceClassification,
     "encode": AutoModel,
 }
+AttentionInterface.register(attention.NAME, attention.interface(sdpa_attention_forward))
+AttentionMaskInterface.register(attention.NAME, attention.masks(sdpa_mask))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -65,6 +72,7 @@ class Loaded:
     reason: str  # why this dtype
     source: Resolved
     notes: list[str] = field(default_factory=list)  # what the user should know about this checkpoint
+    attention: str = "sdpa: as set"  # which one, and why
 
     @property
     def pad_id(self) -> int:
@@ -82,7 +90,17 @@ class Loaded:
         held = next((p.codes for p in self.model.parameters() if isinstance(p, Weight4)), None)
         if held is None:
             return None
-        return f"{held.table}, {bits_per_parameter(self.model):.3f} bits a weight in blocks of {held.block}"
+        return f"{held.table}, {bits_per_parameter(self.model):.3f} bits a weight {held.grain}"
+
+    @property
+    def products(self) -> str | None:
+        """How quantised layers are multiplied, in words, where it is otherwise than in the base's dtype."""
+        held = [p for p in self.model.parameters() if isinstance(p, Weight4)]
+        eight = sum(p.fp8 for p in held)
+        if not eight:
+            return None
+        some = "" if eight == len(held) else f"{eight} of {len(held)} "
+        return f"{some}multiplied in 8-bit floats, forward and backward"
 
     @property
     def bytes(self) -> int:
@@ -100,10 +118,10 @@ def load_model(
     progress: bool = True,
     **extra: Any,
 ) -> Loaded:
-    """Load the base that `config` names, weight by weight, each to its device at once, in 4 bits if asked.
+    """Load the base that `config` names, weight by weight, each to its device at once, in 4 or 8 bits if asked.
 
     new_weights  starts of parameter names that a checkpoint may lack ("score", "classifier"): a new head
-    keep         ends of module names that stay in 16 bits on a 4-bit base, such as modules to train whole
+    keep         ends of module names that stay in 16 bits on a quantised base, such as modules to train whole
     extra        goes to from_pretrained, such as num_labels
     raises       UserError with a way out, for everything that can be wrong with the model
     """
@@ -119,7 +137,7 @@ def load_model(
     check_folder(source.path, allow_pickle=config.allow_pickle)
     tokenizer = load_tokenizer(source.path)
     incoming = Incoming(device, keep=[*keep, *new_weights], **quantisation(config, source.path))
-    given = {"dtype": dtype, "attn_implementation": config.attention, **extra}
+    given = {"dtype": dtype, "attn_implementation": own_attention(config.attention), **extra}
     try:
         model, report = read_weights(source.path, CLASSES[task], incoming, given, progress=progress)
         settle(model, device)
@@ -136,7 +154,44 @@ def load_model(
     if any(isinstance(p, Weight4) and p.codes.experts for p in model.parameters()):
         model.set_experts_implementation("eager")  # one by one: the others want all experts dense at once
     model.requires_grad_(False).eval()
-    return Loaded(model, tokenizer, dtype, device, reason, source, notes)
+    notes += use_fp8(model, config.fp8, device)
+    wanted = "sdpa" if task != "causal" and config.attention == "auto" else config.attention
+    chosen = settle_attention(model, wanted, device, dtype)
+    return Loaded(model, tokenizer, dtype, device, reason, source, notes, chosen)
+
+
+def own_attention(name: str) -> str:
+    """The attention of transformers to build a model with: varlen is taken once its weights are there."""
+    return "sdpa" if name in ("auto", "varlen") else name
+
+
+def settle_attention(model: Any, name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Give a model the attention that a setting names; which one it is, and why, in words.
+
+    raises  UserError if it shall be varlen and cannot
+    """
+    if name not in ("auto", "varlen"):
+        return f"{name}: as set"
+    if name == "auto":
+        if device.type not in ("cuda", "meta"):
+            return "sdpa: attention by documents is for GPUs"
+        if dtype not in attention.HALF or (device.type == "cuda" and capability(device) < 8):
+            return "sdpa: FlashAttention wants bfloat16 or float16, and a GPU of 2020 or later"
+    before = model.config._attn_implementation
+    with quiet():
+        model.set_attn_implementation(attention.NAME)
+        why = attention.varlen_reason(model)
+        if why is not None:
+            model.set_attn_implementation(before)
+    if why is None:
+        return "varlen: each document by itself" if name == "auto" else "varlen: as set"
+    if name == "varlen":
+        raise UserError(f"model.attention=varlen cannot be used: {why}", hint="--set model.attention=sdpa")
+    return f"sdpa: {why}"
+
+
+def capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def read_weights(
@@ -320,7 +375,7 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     if name != "auto":
         return DTYPES[name], f"{name}: as set"
     if device.type == "cuda":
-        if torch.cuda.get_device_capability(device)[0] >= 8:
+        if capability(device) >= 8:
             return torch.bfloat16, "bfloat16: this GPU computes in it, in half of float32's memory"
         return torch.float32, "float32: this GPU has no bfloat16, and float16 overflows in training"
     if device.type == "cpu" and cpu_computes_bfloat16():
@@ -352,7 +407,7 @@ def write_model(model: Any, tokenizer: Any, folder: Path | str) -> Path:
     """
     if any(isinstance(parameter, Weight4) for parameter in model.parameters()):
         raise UserError(
-            "a model in 4 bits is not written as a dense one",
+            "a quantised model is not written as a dense one",
             hint="loraloom merge writes it in 16 bits; loraloom convert SRC DST --quantize nf4 in 4 bits",
         )
     kept = getattr(model, "generation_config", None)

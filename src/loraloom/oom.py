@@ -8,11 +8,12 @@ from typing import Any
 
 from .config import RunConfig, with_values
 from .errors import OutOfMemory, UserError
-from .memory import Predictor
+from .memory import Predictor, tier
 from .workload import Workload
 
 LEAST_TOKENS = 256  # below this a pass is not halved
 SHOWN = 2  # changes named
+NEXT = {"none": "full", "gate_up": "full", "full": "offload"}  # what saves more
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ def candidates(config: RunConfig, micro_tokens: int) -> Iterator[dict[str, Any]]
     """The changes that may help, each by itself."""
     if micro_tokens // 2 >= LEAST_TOKENS:
         yield {"train.micro_tokens": micro_tokens // 2}
-    if not config.train.gradient_checkpointing:
-        yield {"train.gradient_checkpointing": True}
+    if tier(config) in NEXT:
+        yield {"train.recompute": NEXT[tier(config)]}
     if config.model.quantize == "none":
         yield {"model.quantize": "nf4"}
     if config.train.optimizer == "adamw":

@@ -37,10 +37,15 @@ def make_optimizer(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer
     elif config.paged:
         optimizer = PagedAdamW(ready, betas=config.betas)
     else:
-        optimizer = torch.optim.AdamW(ready, betas=config.betas)
+        optimizer = torch.optim.AdamW(ready, betas=config.betas, fused=on_gpu(ready) or None)
     for group in optimizer.param_groups:
         group["base_lr"] = group["lr"]
     return optimizer
+
+
+def on_gpu(groups: Groups) -> bool:
+    """Whether all that trains is on GPUs: torch then has one kernel for the whole step, which keeps no temporaries."""
+    return all(parameter.device.type == "cuda" for group in groups for parameter in group["params"])
 
 
 def sgd_has_no_moments() -> UserError:
@@ -130,6 +135,7 @@ def load_state(
         if isinstance(optimizer, AdamW8bit):
             optimizer.put(parameter, key, value)
             continue
-        # AdamW counts its steps in a tensor on the CPU unless it is fused or capturable.
-        device = value.device if value.dim() == 0 else parameter.device
+        # AdamW counts its steps in a tensor on the CPU unless it is fused.
+        fused = any(group.get("fused") for group in optimizer.param_groups)
+        device = value.device if value.dim() == 0 and not fused else parameter.device
         optimizer.state[parameter][key] = value.to(device).clone()

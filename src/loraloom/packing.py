@@ -10,9 +10,10 @@ source  tests/test_packing.py
 from __future__ import annotations
 
 import math
+from array import array
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from typing import Protocol
 
@@ -41,10 +42,56 @@ class Example(Protocol):
 
 
 @dataclass(frozen=True)
+class Documents:
+    """Where documents lie among the tokens of a batch, row after row in one line; no token is outside of one.
+
+    known  False: `lengths` are upper bounds, `starts` alone tells, so that a pass can be replayed for others
+
+    shapes  starts (D + 1,) int32: each document's first token, and the number of tokens behind them
+    """
+
+    starts: Tensor
+    lengths: tuple[int, ...]  # of each document; on the host, so that nothing waits for the device
+    known: bool = True
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+    @property
+    def equal(self) -> bool:
+        """Whether all documents have one length, so that they are rows of a dense batch."""
+        return self.known and min(self.lengths) == self.longest
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Documents:
+        return replace(self, starts=change(self.starts))
+
+    def to(self, device: torch.device | str) -> Documents:
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def documents_of(shape: Sequence[int], spans: Sequence[tuple[int, int, int]], packed: bool) -> Documents:
+    """The documents of a batch (B, T); what is left of a packed row is one more, a padded row is one as a whole."""
+    rows, length = shape
+    if not packed:
+        lengths = [length] * rows
+    else:
+        lengths, left = [], [length] * rows
+        own: list[list[int]] = [[] for _ in range(rows)]
+        for b, start, stop in spans:
+            own[b].append(stop - start)
+            left[b] -= stop - start
+        for b in range(rows):
+            lengths += own[b] + [left[b]] * (left[b] > 0)
+    starts = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    return Documents(starts, tuple(lengths))
+
+
+@dataclass(frozen=True)
 class Batch:
     """One micro-batch.
 
-    shapes  ids, labels, position and token are (B, T) int64
+    shapes  ids, labels, position and token are (B, T) int64; target_at is (L,) int64
     """
 
     ids: Tensor
@@ -54,14 +101,36 @@ class Batch:
     targets: int  # labels that are not -100
     rows: list[str]  # Example.row of the members, in order
     spans: list[tuple[int, int, int]]  # (b, start, stop) of each member: batch.ids[b, start:stop]
+    # Found on the host where they are not given, so that a step on a GPU need not wait for them:
+    target_at: Tensor = None  # type: ignore[assignment]  # row * T + column of each label that is not -100
+    documents: Documents = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.target_at is None:
+            wanted_BT = self.labels != IGNORED  # type: ignore[unreachable]
+            wanted_BT[:, 0] = False  # nothing stands before the first token of a row
+            object.__setattr__(self, "target_at", wanted_BT.flatten().nonzero().squeeze(1))
+        if self.documents is None:
+            documents = documents_of(  # type: ignore[unreachable]
+                self.ids.shape, self.spans, self.position is not None
+            )
+            object.__setattr__(self, "documents", documents.to(self.ids.device))
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with every tensor changed, such as copied."""
+        return replace(
+            self,
+            ids=change(self.ids),
+            labels=change(self.labels),
+            position=None if self.position is None else change(self.position),
+            token=change(self.token),
+            target_at=change(self.target_at),
+            documents=self.documents.each(change),
+        )
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device."""
-        position = None if self.position is None else self.position.to(device, non_blocking=True)
-        ids, labels, token = (
-            item.to(device, non_blocking=True) for item in (self.ids, self.labels, self.token)
-        )
-        return Batch(ids, labels, position, token, self.targets, self.rows, self.spans)
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 Member = tuple[int, Example]  # an example and its number in the step
@@ -171,26 +240,30 @@ def by_length(members: Sequence[Member], micro_tokens: int) -> list[list[Member]
 def batch(rows: Sequence[Sequence[Member]], pad_id: int, *, length: int | None = None) -> Batch:
     """The tensors of some rows; with a `length` they are packed, else each row has one member."""
     width = length or max(len(example.ids) for row in rows for _, example in row)
-    shape = (len(rows), width)
-    ids = torch.full(shape, pad_id)
-    labels = torch.full(shape, IGNORED)
-    token = torch.zeros(shape, dtype=torch.int64)
-    position = torch.zeros(shape, dtype=torch.int64)
+    ids, labels, position, token = (array("q") for _ in range(4))
     names, spans, targets = [], [], 0
     for at, row in enumerate(rows):
         start = 0
         for number, example in row:
-            stop = start + len(example.ids)
-            ids[at, start:stop] = torch.tensor(example.ids)
-            labels[at, start:stop] = torch.tensor(example.labels)
-            position[at, start:stop] = torch.arange(stop - start)
-            token[at, start:stop] = torch.arange(stop - start) + number * TOKENS
+            size = len(example.ids)
+            ids.extend(example.ids)
+            labels.extend(example.labels)
+            position.extend(range(size))
+            token.extend(range(number * TOKENS, number * TOKENS + size))
             names.append(example.row)
-            spans.append((at, start, stop))
+            spans.append((at, start, start + size))
             targets += example.targets
-            start = stop
-        position[at, start:] = torch.arange(width - start)
-    return Batch(ids, labels, position if length else None, token, targets, names, spans)
+            start += size
+        rest = width - start
+        ids.extend([pad_id] * rest)
+        labels.extend([IGNORED] * rest)
+        position.extend(range(rest) if length else range(start, width))
+        token.extend([0] * rest)
+    shape = (len(rows), width)
+    ids_BT, labels_BT, token_BT, position_BT = (
+        torch.frombuffer(item, dtype=torch.int64).view(shape) for item in (ids, labels, token, position)
+    )
+    return Batch(ids_BT, labels_BT, position_BT if length else None, token_BT, targets, names, spans)
 
 
 class StepPlan:

@@ -20,20 +20,20 @@ from .config import RunConfig, read_file, resolve, with_values
 from .data import prepare
 from .errors import UserError
 from .facts import read_header
-from .fit import Gpu, largest_pass, nothing_fits
-from .memory import Predictor, dtype_of, stored, tier
+from .fit import Gpu, choose, largest_pass, tiers
+from .memory import Predictor, dtype_of, stored
 from .model import load_tokenizer, quantisation, refuse_quantised
 from .model_files import find_weights, read_config
 from .optim8 import state_bytes
 from .packing import StepPlan
+from .recompute import Choice
 from .shapes import published
 from .skeleton import num_layers, read_shape, text_config
 from .small_model import NAME, cache_folder
 from .workload import Measured, Workload, assumed
-from .workshop import DEFAULT_BATCH, UNLIMITED, method_defaults
+from .workshop import DEFAULT_BATCH, GPU_TOKENS, UNLIMITED, method_defaults
 
 NO_DATA = "none"
-MICRO_TOKENS = 8192  # of a pass on a GPU, if the settings leave it open
 PAPER = {"full": 1.2e12, "lora": 350e9, "source": "LoRA paper, arXiv:2106.09685, section 4.2, for GPT-3 175B"}
 
 # Full fine-tuning in mixed precision with Adam, bytes a weight (ZeRO, arXiv:1910.02054, section 3.1).
@@ -64,6 +64,8 @@ class Plan:
     micro_tokens: int
     batch: str
     recompute: str
+    reason: str  # why that
+    tiers: list[dict[str, Any]]  # what each recomputation would need
     optimizer: str
     parts: dict[str, int]  # at the highest point
     peak: int
@@ -122,15 +124,10 @@ def plan(
     predictor = Predictor(config, about, cudnn=gpu is None or gpu.cudnn)
     context = int(getattr(text_config(about), "max_position_embeddings", None) or UNLIMITED)
     work, steps = workload(config, folder, context, length, progress=progress)
-    micro = config.train.micro_tokens
-    largest = None if gpu is None else largest_pass(predictor, work, gpu.bytes)
-    if fit or micro == "fit":
-        if gpu is None:
-            raise UserError("there is no GPU here to fit into", hint="name one's memory: --gpu 80GB")
-        if largest is None:
-            raise nothing_fits(predictor, work, gpu)
-        micro = largest
-    tokens = MICRO_TOKENS if isinstance(micro, str) else micro
+    if gpu is None and (fit or config.train.micro_tokens == "fit"):
+        raise UserError("there is no GPU here to fit into", hint="name one's memory: --gpu 80GB")
+    chosen = open_choice(config) if gpu is None else choose(predictor, work, gpu, fit=fit)
+    tokens, predictor = chosen.tokens, predictor.at(chosen.tier)
     found = predictor.predict(work.batches(tokens))
     return Plan(
         **about_model(config, shape or config.model.id, folder, predictor),
@@ -140,14 +137,43 @@ def plan(
         peak=found.allocated,
         phase=found.phase,
         needed=found.needed,
+        recompute=chosen.tier,
+        reason=chosen.reason,
+        tiers=table(predictor, work, tokens, gpu),
         gpu=None if gpu is None else asdict(gpu),
         fits=None if gpu is None else found.needed <= gpu.bytes,
-        largest=largest,
+        largest=None if gpu is None else largest_pass(predictor, work, gpu.bytes),
         step_tokens=work.step_tokens,
         disk=disk(config, predictor),
         steps=steps,
         paper=PAPER,
     )
+
+
+def open_choice(config: RunConfig) -> Choice:
+    """What is planned for where there is no GPU to fit into."""
+    train = config.train
+    tokens = train.micro_tokens if isinstance(train.micro_tokens, int) else GPU_TOKENS
+    if train.recompute != "auto":
+        return Choice(train.recompute, tokens, "as set")
+    return Choice("none", tokens, "no GPU to fit into is named")
+
+
+def table(predictor: Predictor, work: Workload, tokens: int, gpu: Gpu | None) -> list[dict[str, Any]]:
+    """A row for each recomputation: its peak, what a GPU must have free, and whether this one has."""
+    rows: list[dict[str, Any]] = []
+    for one in tiers(predictor, work, tokens):
+        found = one.found
+        rows.append(
+            {
+                "recompute": one.name,
+                "peak": found and found.allocated,
+                "needed": found and found.needed,
+                "fits": None if found is None or gpu is None else found.needed <= gpu.bytes,
+                "reason": one.reason,
+            }
+        )
+    return rows
 
 
 def as_in_files(config: RunConfig, folder: Path) -> RunConfig:
@@ -184,7 +210,6 @@ def about_model(config: RunConfig, name: str, folder: Path | None, predictor: Pr
         "r": config.r,
         "trainable": sum(p.numel() for p in rig.adapters.parameters()),
         "adapted": len(rig.adapter.sites),
-        "recompute": tier(config),
         "optimizer": config.train.optimizer,
         "full": {part: parameters * size for part, size in FULL.items()},
     }

@@ -1,9 +1,11 @@
-"""Frozen weights in 4 bits that stand where dense ones stood: `module.weight` keeps its name, shape and dtype.
+"""Frozen weights in 4 or 8 bits that stand where dense ones stood: `module.weight` keeps its name, shape and dtype.
 
     W[i] = table[code[i]] * absmax[i // block]          y = x W^T, dequantised anew in each product
+    W[o, i] = code[o, i] * scale[o]                     fp8 (`weights8`)
 
-`Weight4` is a tensor that has no dense storage. The layers' own code (`F.linear`, Conv1D's `addmm`, an
-expert's slice of a fused tensor) finds its products defined; whatever else wants the numbers must ask
+Products are taken in the dtype that the weight stands for, or in 8-bit floats where the codes know their channels'
+scales (`with_channels`). `Weight4` is a tensor that has no dense storage. The layers' own code (`F.linear`, Conv1D's
+`addmm`, an expert's slice of a fused tensor) finds its products defined; whatever else wants the numbers must ask
 `dense`, so that no dense copy is made unseen.
 
 shapes  (O, I) a matrix, coded row by row; (E, O, I) fused experts, each coded by itself
@@ -21,9 +23,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels.matmul_frozen import matmul_frozen
-from .kernels.quant4 import Scales8, dequantize4, quantize4, quantize_scales
+from .kernels.fp8 import E4M3
+from .kernels.matmul_frozen import buffer, matmul_frozen
+from .kernels.quant4 import (
+    Scales8,
+    channel_scale,
+    dequantize4,
+    dequantize4_fp8,
+    quantize4,
+    quantize_scales,
+)
 from .kernels.scales8 import dequantize_part
+from .weights8 import Codes8, encode8
 
 WIDE = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels write
 PIECE = 2**22  # weights in a piece of a matrix that must not be dense as a whole: 16 MiB in float32
@@ -33,7 +44,8 @@ PIECE = 2**22  # weights in a piece of a matrix that must not be dense as a whol
 class Codes:
     """A coded matrix, or one for each of E experts, with a leading E on every tensor.
 
-    shapes  packed (H,) uint8, two codes a byte; absmax (G,) float32, or its 8-bit form
+    shapes  packed (H,) uint8, two codes a byte; absmax (G,) float32, or its 8-bit form; channels (O,) and (I,)
+            float32, the scales of rows and columns in 8-bit floats, where products are taken in them
     """
 
     packed: Tensor
@@ -41,6 +53,7 @@ class Codes:
     table: str
     block: int
     shape: tuple[int, int]  # (O, I) of one matrix
+    channels: tuple[Tensor, Tensor] | None = None
 
     def tensors(self) -> Iterator[Tensor]:
         yield self.packed
@@ -48,11 +61,17 @@ class Codes:
             yield self.scales
         else:
             yield from (self.scales.code_G, self.scales.absmax_S, self.scales.offset)
+        yield from self.channels or ()
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Codes:
         """The same with every tensor changed, such as moved."""
         packed, *rest = (change(tensor) for tensor in self.tensors())
-        return replace(self, packed=packed, scales=rest[0] if len(rest) == 1 else Scales8(*rest))
+        channels = None
+        if self.channels is not None:
+            *rest, rows, columns = rest
+            channels = (rows, columns)
+        scales = rest[0] if len(rest) == 1 else Scales8(*rest)
+        return replace(self, packed=packed, scales=scales, channels=channels)
 
     @property
     def experts(self) -> int | None:
@@ -63,6 +82,17 @@ class Codes:
     def numel(self) -> int:
         """Weights of one matrix."""
         return self.shape[0] * self.shape[1]
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """The settings that give such codes."""
+        double = isinstance(self.scales, Scales8)
+        return {"model.quantize": self.table, "model.double_quant": double, "model.quant_block": self.block}
+
+    @property
+    def grain(self) -> str:
+        """What shares a scale, in words."""
+        return f"in blocks of {self.block}"
 
     def expert(self, index: int) -> Codes:
         """One expert's matrix: views, no copies."""
@@ -101,23 +131,66 @@ class Codes:
         )
         return w_N[start * length - low : stop * length - low].view(-1, length).to(dtype)
 
+    @property
+    def multiplies8(self) -> bool:
+        """Whether products are taken in 8 bits."""
+        return self.channels is not None
 
-def encode(w: Tensor, *, table: str = "nf4", block: int = 64, double: bool = True) -> Codes:
+    def with_channels(self) -> Codes:
+        """The same, to be multiplied in 8 bits both ways."""
+        if self.experts is not None:
+            return stack([self.expert(e).with_channels() for e in range(self.experts)])
+        form: dict[str, Any] = {"table": self.table, "shape": self.shape, "block": self.block}
+        rows, columns = (channel_scale(self.packed, self.scales, **form, dim=dim) for dim in (0, 1))
+        return replace(self, channels=(rows, columns))
+
+    def without_channels(self) -> Codes:
+        return replace(self, channels=None)
+
+    @property
+    def both(self) -> tuple[Tensor, Tensor]:
+        """The scales of the rows and of the columns in 8-bit floats."""
+        if self.channels is None:
+            raise ValueError("the scales of channels are not there: `with_channels` measures them")
+        return self.channels
+
+    def eight(self, turned: bool, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(O, I) and its rows' scale, or the transpose (I, O) and its own; see `kernels.matmul_frozen.Coded`."""
+        scale = self.both[turned]
+        w8 = dequantize4_fp8(
+            self.packed,
+            self.scales,
+            scale,
+            table=self.table,
+            shape=self.shape,
+            block=self.block,
+            transposed=turned,
+            out=buffer(self.numel, E4M3, self.packed.device) if out is None else out,
+        )
+        return w8, scale
+
+
+AnyCodes = Codes | Codes8
+
+
+def encode(w: Tensor, *, table: str = "nf4", block: int = 64, double: bool = True) -> AnyCodes:
     """Quantise a matrix (O, I), or fused experts (E, O, I) one by one, on the device they are on.
 
-    table   nf4, fp4 or e2m1
+    table   nf4, fp4, e2m1 or fp8, which has neither blocks nor scales in 8 bits
     double  keep the scales in 8 bits
 
     raises  ValueError if a weight is not finite
     """
     if w.dim() == 3:
         return stack([encode(one, table=table, block=block, double=double) for one in w])
+    if table == Codes8.table:
+        return encode8(w)
     packed_H, absmax_G = quantize4(w, table=table, block=block)
     scales = quantize_scales(absmax_G) if double else absmax_G
     return Codes(packed_H, scales, table, block, (w.shape[0], w.shape[1]))
 
 
-def stack(parts: Sequence[Codes]) -> Codes:
+def stack(parts: Sequence[AnyCodes]) -> Any:
     """The codes of several matrices of one shape as those of fused experts."""
     columns = [torch.stack(tensors) for tensors in zip(*(part.tensors() for part in parts))]
     fresh = iter(columns)
@@ -125,17 +198,17 @@ def stack(parts: Sequence[Codes]) -> Codes:
 
 
 class Weight4(Tensor):
-    """A frozen weight in 4 bits with the shape and dtype of the dense one it stands for.
+    """A frozen weight in 4 bits, or 8, with the shape and dtype of the dense one it stands for.
 
     codes    of the matrix as it is quantised, rows along the inputs
     flipped  whether this tensor is the transpose of the coded matrix (Conv1D keeps W as (I, O))
     """
 
-    codes: Codes
+    codes: AnyCodes
     flipped: bool
 
     @staticmethod
-    def __new__(cls, codes: Codes, dtype: torch.dtype, flipped: bool = False) -> Weight4:
+    def __new__(cls, codes: AnyCodes, dtype: torch.dtype, flipped: bool = False) -> Weight4:
         shape = codes.shape[::-1] if flipped else codes.shape
         whole = shape if codes.experts is None else (codes.experts, *shape)
         self = Tensor._make_wrapper_subclass(cls, whole, dtype=dtype, device=codes.packed.device)
@@ -147,8 +220,13 @@ class Weight4(Tensor):
         """Bytes that this weight really takes."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.codes.tensors())
 
+    @property
+    def fp8(self) -> bool:
+        """Whether products with it are taken in 8-bit floats, forward and backward."""
+        return self.codes.multiplies8
+
     def again(
-        self, codes: Codes | None = None, dtype: torch.dtype | None = None, flip: bool = False
+        self, codes: AnyCodes | None = None, dtype: torch.dtype | None = None, flip: bool = False
     ) -> Weight4:
         """Another tensor on the same or other codes."""
         return Weight4(codes or self.codes, dtype or self.dtype, self.flipped != flip)
@@ -172,7 +250,7 @@ class Weight4(Tensor):
         if own is None:
             # a TypeError would be taken for the other operand's turn
             raise RuntimeError(
-                f"{func} is not defined for a weight in 4 bits: ask loraloom.quant.dense for the numbers"
+                f"{func} is not defined for a quantised weight: ask loraloom.quant.dense for the numbers"
             )
         return own(*args, **(kwargs or {}))
 
@@ -193,18 +271,18 @@ class Weight4(Tensor):
 def product(x: Tensor, w: Weight4, bias: Tensor | None, *, transposed: bool) -> Tensor:
     """x w^T + bias if transposed, else x w + bias."""
     if not isinstance(w, Weight4) or isinstance(x, Weight4):
-        raise RuntimeError("a weight in 4 bits can only be the right side of a product")
+        raise RuntimeError("a quantised weight can only be the right side of a product")
     if w.codes.experts is not None:
         raise RuntimeError(
-            "fused experts in 4 bits are multiplied one by one: set experts_implementation=eager"
+            "fused experts are multiplied one by one where they are quantised: set experts_implementation=eager"
         )
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # as for a dense weight
         fast = torch.get_autocast_dtype(device)
         x, bias = x.to(fast), None if bias is None else bias.to(fast)
     elif x.dtype != w.dtype:
-        raise RuntimeError(f"the input is {x.dtype}, the weight in 4 bits stands for {w.dtype}")
-    return matmul_frozen(x, w.codes.decode, w.codes.numel, w.flipped == transposed, bias)
+        raise RuntimeError(f"the input is {x.dtype}, the quantised weight stands for {w.dtype}")
+    return matmul_frozen(x, w.codes, w.flipped == transposed, bias, eight=w.fp8)
 
 
 def linear(input: Tensor, weight: Weight4, bias: Tensor | None = None) -> Tensor:
@@ -228,7 +306,7 @@ def item(w: Weight4, index: Any) -> Weight4:
     if w.codes.experts is None or not (
         isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0)
     ):
-        raise RuntimeError(f"a weight in 4 bits has no slice {index!r}")
+        raise RuntimeError(f"a quantised weight has no slice {index!r}")
     return w.again(w.codes.expert(int(index)))
 
 
@@ -263,7 +341,7 @@ FUNCTIONS: dict[Any, Any] = {
 
 
 def not_shared(*_: Any) -> None:
-    raise RuntimeError("a weight in 4 bits cannot be shared between processes: load it in each of them")
+    raise RuntimeError("a quantised weight cannot be shared between processes: load it in each of them")
 
 
 FUNCTIONS[Tensor.share_memory_] = not_shared
@@ -279,7 +357,7 @@ OPERATIONS: dict[Any, Any] = {
 def quantized(
     w: Tensor, *, table: str = "nf4", block: int = 64, double: bool = True, flipped: bool = False
 ) -> nn.Parameter:
-    """A dense weight as a frozen parameter in 4 bits.
+    """A dense weight as a frozen parameter in 4 bits, or 8.
 
     flipped  the weight is kept as (I, O), so its transpose is what is coded
     """
@@ -288,7 +366,7 @@ def quantized(
 
 
 def dense(w: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The numbers of any weight, detached: a 4-bit one is dequantised straight to `dtype`, its own if None."""
+    """The numbers of any weight, detached: a quantised one is decoded straight to `dtype`, its own if None."""
     if not isinstance(w, Weight4):
         return w.detach() if dtype is None else w.detach().to(dtype)
     m = w.codes.decode(dtype or w.dtype)
@@ -320,6 +398,6 @@ def stored_bytes(w: Tensor) -> int:
 
 
 def bits_per_parameter(model: nn.Module) -> float | None:
-    """Bits of the weights in 4 bits, scales included; None if there are none."""
+    """Bits of the quantised weights, scales included; None if there are none."""
     held = [p for p in model.parameters() if isinstance(p, Weight4)]
     return 8 * sum(map(stored_bytes, held)) / sum(p.numel() for p in held) if held else None

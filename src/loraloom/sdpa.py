@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .attention import planning
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -61,6 +63,8 @@ def choose(q: Tensor, mask: Tensor | None, *, cudnn: bool) -> Kernel:
 def fused_attention(*, cudnn: bool = True, kernel: Kernel | None = None) -> Iterator[None]:
     """Inside, scaled_dot_product_attention takes the memory of a fused kernel and computes nothing.
 
+    What attention by documents takes is in kernels/attention.py; it chooses as a GPU with or without cuDNN would.
+
     kernel  which one; None: what torch would choose
     """
 
@@ -79,7 +83,8 @@ def fused_attention(*, cudnn: bool = True, kernel: Kernel | None = None) -> Iter
     # Not a TorchFunctionMode: that is off while `backward` runs, where layers may be computed again.
     F.scaled_dot_product_attention = attend
     try:
-        yield
+        with planning(cudnn=cudnn):
+            yield
     finally:
         F.scaled_dot_product_attention = own
 

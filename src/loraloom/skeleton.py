@@ -14,7 +14,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .errors import UserError
+from .model import own_attention, settle_attention
 from .pretrained import quiet
+from .trace import Shapes
 
 
 def read_shape(folder: Path) -> Any:
@@ -52,6 +54,8 @@ def num_layers(config: Any) -> int:
 def meta_model(config: Any, *, dtype: torch.dtype, attention: str = "sdpa", layers: int | None = None) -> Any:
     """The causal model of a config on the meta device, frozen and in eval mode, with the first `layers` layers.
 
+    attention  as model.attention; auto is what it would be on a GPU
+
     raises  UserError if transformers has no causal model for it, or not that attention
     """
     config = copy.deepcopy(config)
@@ -64,7 +68,8 @@ def meta_model(config: Any, *, dtype: torch.dtype, attention: str = "sdpa", laye
         text.num_hidden_layers = layers
     try:
         with torch.device("meta"), quiet():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+            own = own_attention(attention)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=own)
     except (ValueError, ImportError) as error:
         reason = next(
             (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
@@ -72,7 +77,10 @@ def meta_model(config: Any, *, dtype: torch.dtype, attention: str = "sdpa", laye
         raise UserError(
             f"transformers makes no causal model of this {config.model_type}", details=[reason]
         ) from error
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
+    with Shapes():
+        settle_attention(model, attention, torch.device("meta"), dtype)
+    return model
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .adapt import Adapters
 from .errors import Failure, NonFinite
@@ -24,7 +24,30 @@ class StepStats:
     tokens: int  # tokens that went through the model, without padding
 
 
+# The gradient of a step's loss, added to what trains: (model, adapters, batches, targets, step) -> the loss
+Backward = Callable[[nn.Module, Adapters, Sequence[Batch], int, int], Tensor]
+
+
 # ==== a single training step =================================================================================
+
+
+def accumulate(
+    model: nn.Module, adapters: Adapters, batches: Sequence[Batch], targets: int | Tensor, step: int
+) -> Tensor:
+    """Forward and backward over the micro-batches; returns their share of the loss, float64, on the device.
+
+    targets  of the whole step
+    """
+    device = next(model.parameters()).device
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    with adapters.hold():  # each layer's A and B are built once, and their gradient returns at the end
+        for batch in batches:
+            here = batch.to(device)
+            with adapters.batch(step=step, token_BT=here.token):
+                part = nll_sum(model, here) / targets
+                part.backward()
+            loss += part.detach()
+    return loss
 
 
 def train_step(
@@ -37,14 +60,16 @@ def train_step(
     num_steps: int,
     max_norm: float | None,
     inspect: Callable[[], None] | None = None,
+    backward: Backward = accumulate,
 ) -> StepStats:
     """Take one optimizer step over a list of micro-batches.
 
     The loss is summed over tokens and divided by the targets of the whole step, so one batch of 8 rows and
     four of 2 rows give the same gradient.
 
-    step     optimizer steps before this one, of num_steps in all
-    inspect  called with the gradients in place, before anything moves
+    step      optimizer steps before this one, of num_steps in all
+    inspect   called with the gradients in place, before anything moves
+    backward  another way to do what `accumulate` does
 
     shapes  batch.ids, .labels, .position are (B, T) int64; B and T may differ between batches
     raises  ValueError if no token carries loss; NonFinite if the loss or the gradient is not finite. In both
@@ -55,15 +80,7 @@ def train_step(
     if targets == 0:
         raise ValueError(f"step {step}: no token carries loss; is every label masked?")
 
-    device = next(model.parameters()).device
-    loss = torch.zeros((), dtype=torch.float64, device=device)
-    with adapters.hold():  # each layer's A and B are built once, and their gradient returns at the end
-        for batch in batches:
-            here = batch.to(device)
-            with adapters.batch(step=step, token_BT=here.token):
-                part = nll_sum(model, here) / targets
-                part.backward()
-            loss += part.detach()
+    loss = backward(model, adapters, batches, targets, step)
 
     for adapter in active(adapters):
         penalty = adapter.method.penalty(list(adapter.sites.values()))  # AdaLoRA's; None for most
@@ -74,7 +91,8 @@ def train_step(
     limit = math.inf if max_norm is None else max_norm
     grad_norm = nn.utils.clip_grad_norm_(parameters, limit)
     tokens = sum(stop - start for batch in batches for _, start, stop in batch.spans)
-    stats = StepStats(loss.item(), grad_norm.item(), targets, tokens)  # the one host sync of the step
+    nats, norm = numbers(loss, grad_norm)  # the one host sync of the step
+    stats = StepStats(nats, norm, targets, tokens)
     if not (math.isfinite(stats.loss) and math.isfinite(stats.grad_norm)):
         optimizer.zero_grad(set_to_none=True)
         raise broken_step(model, adapters, batches, step, stats)
@@ -91,6 +109,13 @@ def train_step(
 
 
 # =============================================================================================================
+
+
+def numbers(*values: Tensor) -> list[float]:
+    """Numbers that stand on the device, brought to the host in one copy."""
+    device = values[0].device
+    together = torch.stack([value.to(device, torch.float64) for value in values])
+    return [value.item() for value in together.cpu()]
 
 
 def active(adapters: Adapters) -> list[Any]:

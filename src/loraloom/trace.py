@@ -88,7 +88,7 @@ class Tape(TorchDispatchMode):
                 self._alive[key][0].part = part
             return
         size = -(-storage.nbytes() // self.round_to) * self.round_to
-        block = Block(size, self.now, part, torch.is_grad_enabled())
+        block = Block(size, self.now, part, torch.is_grad_enabled() or not in_backward())
         self._alive[key] = block, weakref.ref(storage, partial(self.freed, key))
         self.blocks.append(block)
         self.live += size

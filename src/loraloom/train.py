@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from .checkpoint import Progress, save_best, save_checkpoint
-from .dressing import dress
+from .compiling import compile_seconds
+from .dressing import dresser
 from .heldout import Loss, held_out
 from .optim import rate_factor, set_rates, warmup_steps
-from .packing import pack
+from .packing import Batch, pack
+from .prefetch import Ahead
 from .rundir import Run
 from .samples import answer_prompts
-from .step import StepStats, check_gradients, train_step
+from .step import StepStats, accumulate, check_gradients, train_step
 from .workshop import Workshop, method_of
+
+TELL_SECONDS = 2.0  # between records of the step in run.json: each waits for the disk
 
 
 def train_loop(shop: Workshop, run: Run, progress: Progress, listen: Callable[[str, Any], None]) -> str:
@@ -26,55 +30,72 @@ def train_loop(shop: Workshop, run: Run, progress: Progress, listen: Callable[[s
 
     Every evaluation may make a new best adapter; checkpoints hold the whole state.
 
-    listen  told ("step", record), ("eval", record), ("sample", record) and ("checkpoint", path)
+    listen  told ("step", record), ("eval", record), ("sample", record), ("note", words) and ("checkpoint", path)
     """
     config, num_steps = shop.config.train, len(shop.plan)
-    every = shop.eval_every
     num_warmup = warmup_steps(config.warmup, num_steps)
-    last_saved = time.monotonic()
+    last_saved = last_told = time.monotonic()
     if progress.step == 0:
         evaluate_now(shop, run, progress, listen)
     elif progress.waited_enough(config.early_stop):  # killed after its last checkpoint
         return "stopped_early"
-    with asked_to_stop() as stop:
+    steps = range(progress.step, num_steps)
+    with asked_to_stop() as stop, Ahead(packer(shop), steps, shop.loaded.device) as ahead:
         while progress.step < num_steps:
             began = time.monotonic()
             lr = set_rates(shop.optimizer, rate_factor(config.schedule, progress.step, num_steps, num_warmup))
-            examples = [shop.train[i] for i in shop.plan[progress.step]]
-            batches = pack(
-                dress(shop.model, examples),
-                micro_tokens=shop.micro_tokens,
-                packing=shop.packing,
-                pad_id=shop.pad_id,
-            )
-            stats = train_step(
-                shop.model,
-                shop.adapters,
-                shop.optimizer,
-                batches,
-                step=progress.step,
-                num_steps=num_steps,
-                max_norm=config.max_grad_norm,
-                inspect=(lambda: check_gradients(shop.adapters)) if progress.step == 0 else None,
-            )
+            stats = take_step(shop, next(ahead), progress.step)
             progress.step += 1
             record = step_record(progress.step, stats, lr, time.monotonic() - began)
+            if config.compile:
+                record["compile_seconds"] = compile_seconds()  # so far
             run.log(record)
             listen("step", record)
+            for note in shop.fresh_notes():
+                listen("note", note)
             finished = progress.step == num_steps
-            if shop.evaluates and (progress.step % every == 0 or finished):
+            if shop.evaluates and (progress.step % shop.eval_every == 0 or finished):
                 evaluate_now(shop, run, progress, listen)
             ended = finished or progress.waited_enough(config.early_stop)
             due = due_now(config.save_every, config.save_minutes, progress.step, last_saved)
             if due or ended or stop.asked:
                 listen("checkpoint", save_checkpoint(shop, run, progress))
                 last_saved = time.monotonic()
-            run.update(step=progress.step)
+            if due or ended or stop.asked or time.monotonic() - last_told > TELL_SECONDS:
+                run.update(step=progress.step)
+                last_told = time.monotonic()
             if stop.asked and not finished:
                 return "interrupted"
             if ended:
                 return "done" if finished else "stopped_early"
     return "done"
+
+
+def take_step(shop: Workshop, batches: Sequence[Batch], step: int) -> StepStats:
+    """The optimizer step after `step` others."""
+    return train_step(
+        shop.model,
+        shop.adapters,
+        shop.optimizer,
+        batches,
+        step=step,
+        num_steps=len(shop.plan),
+        max_norm=shop.config.train.max_grad_norm,
+        inspect=(lambda: check_gradients(shop.adapters)) if step == 0 else None,
+        backward=shop.graphs or accumulate,
+    )
+
+
+def packer(shop: Workshop) -> Callable[[int], list[Batch]]:
+    """What makes the micro-batches of a step, whatever adapter is in use meanwhile."""
+    dressed = dresser(shop.model)
+
+    def make(step: int) -> list[Batch]:
+        examples = dressed([shop.train[i] for i in shop.plan[step]])
+        batches = pack(examples, micro_tokens=shop.micro_tokens, packing=shop.packing, pad_id=shop.pad_id)
+        return batches if shop.graphs is None else [shop.graphs.pad(batch) for batch in batches]
+
+    return make
 
 
 def evaluate_now(shop: Workshop, run: Run, progress: Progress, listen: Callable[[str, Any], None]) -> None:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -18,11 +19,13 @@ import torch
 from . import methods
 from .adapt import Adapters
 from .adapter import AdapterSpec
+from .compiling import compile_layers, compile_seconds
 from .config import RunConfig, with_values
 from .data import Examples, Prepared, Style, check_sources, prepare
 from .errors import DataError, UserError
 from .files import digest
 from .generate import context_length
+from .graphs import Graphs, graph_reason, make_graphs
 from .kernels.twin import path_of
 from .layers import BlockLayer
 from .methods.base import Method
@@ -32,12 +35,15 @@ from .optim import make_optimizer
 from .originals import read_originals
 from .packing import StepPlan, pack
 from .prepare import prepare as prepare_method
+from .recompute import Choice, apply, fuse
+from .skeleton import decoder_layers
 
 DEFAULT_BATCH = 16  # examples a step, if neither batch_size nor batch_tokens is set
 UNLIMITED = 1 << 20  # tokens, for a model that names no limit
+GPU_TOKENS, CPU_TOKENS = 8192, 2048  # of a pass, if the settings leave it open
 
 
-Fit = Callable[[RunConfig, Loaded, Examples, StepPlan], int]
+Fit = Callable[[RunConfig, Loaded, Examples, StepPlan], Choice]
 
 
 @dataclass
@@ -51,6 +57,9 @@ class Workshop:
     optimizer: torch.optim.Optimizer
     plan: StepPlan
     decided: dict[str, Any]  # dotted settings that were `auto`
+    recompute: Choice  # with the reason
+    graphs: Graphs | None = None  # of short passes
+    told: set[str] = field(default_factory=set)  # by `fresh_notes`
 
     @property
     def model(self) -> Any:
@@ -103,6 +112,17 @@ class Workshop:
     def stop_ids(self) -> Sequence[int]:
         return self.loaded.stop_ids
 
+    def fresh_notes(self) -> list[str]:
+        """What only the first steps show, in words; each once."""
+        found: list[str] = []
+        if self.graphs is not None and self.graphs.stopped:
+            found.append(f"CUDA graphs: no more of them: {self.graphs.stopped}")
+        if self.config.train.compile and not self.told:
+            found.append(f"compiling took {compile_seconds():.1f} s of the first step")
+        fresh = [note for note in found if note not in self.told]
+        self.told.update(fresh)
+        return fresh
+
     @cached_property
     def base_norms(self) -> dict[str, float]:
         """||W|| of each adapted layer by its key: the base is frozen, so once is enough."""
@@ -132,7 +152,7 @@ def build(
 ) -> Workshop:
     """Load, read, attach and plan.
 
-    fit    chooses the tokens of a pass where train.micro_tokens=fit
+    fit    chooses what is computed again, and the tokens of a pass where train.micro_tokens=fit, by a GPU's memory
     fresh  whether training starts here, so that a method sees what it must first; else a checkpoint follows
 
     raises  UserError, DataError: whatever of the settings, the data or the model does not fit
@@ -157,8 +177,6 @@ def build(
     adapters = Adapters(loaded.model)
     adapter = adapters.add("default", spec_of(config), blank=not fresh)  # a checkpoint will fill it
     check_trains(config, adapters, adapter.method, prepared.train)
-    if config.train.gradient_checkpointing:
-        checkpoint_layers(loaded.model)
     plan = StepPlan(
         prepared.train.lengths,
         epochs=config.train.epochs,
@@ -169,13 +187,8 @@ def build(
     )
     adapter.method.check_steps(len(plan))
     decided = written | decide(config, adapter.method, len(plan), loaded)
-    if config.train.micro_tokens == "fit":
-        if fit is None or loaded.device.type != "cuda":
-            raise UserError(
-                f"train.micro_tokens=fit needs a GPU to fit into, and this run is on {loaded.device}",
-                hint="set a number, or auto",
-            )
-        decided["train.micro_tokens"] = fit(config, loaded, prepared.train, plan)
+    recompute = choose_recompute(with_values(config, decided), loaded, prepared.train, plan, fit)
+    decided |= put_in_place(recompute, config, loaded, adapters)
     if fresh and not adapter.ready:
         decided |= see_first(with_values(config, decided), loaded, adapters, prepared.train, plan, progress)
     adapters.adapters["default"].ready = True
@@ -183,7 +196,54 @@ def build(
     config = with_values(config, decided)
     assert config.train.learning_rate != "auto"
     optimizer = make_optimizer(adapters.groups(config.train.learning_rate), config.train)
-    return Workshop(config, loaded, adapters, prepared, optimizer, plan, decided)
+    graphs = choose_graphs(config, loaded, adapters, plan)
+    return Workshop(config, loaded, adapters, prepared, optimizer, plan, decided, recompute, graphs)
+
+
+def choose_graphs(config: RunConfig, loaded: Loaded, adapters: Adapters, plan: StepPlan) -> Graphs | None:
+    """CUDA graphs for short passes, where the settings and the run allow it; the reason goes to the notes.
+
+    raises  UserError if they are asked for and cannot be
+    """
+    assert isinstance(config.train.micro_tokens, int)
+    steps = [sum(plan.lengths[i] for i in step) for step in islice(plan, 100)]
+    tokens = min(config.train.micro_tokens, int(median(steps)))
+    why = graph_reason(adapters, config, loaded.model, loaded.device)
+    graphs, words = make_graphs(config.train.graphs, why, loaded.device, pad_id=loaded.pad_id, tokens=tokens)
+    if loaded.device.type == "cuda":
+        loaded.notes.append(f"CUDA graphs {'on' if graphs else 'off'}: {words}")
+    return graphs
+
+
+def choose_recompute(
+    config: RunConfig, loaded: Loaded, examples: Examples, plan: StepPlan, fit: Fit | None
+) -> Choice:
+    """What is computed again, and the tokens of a pass: as set, or as `fit` says of a GPU.
+
+    raises  UserError for train.micro_tokens=fit without a GPU, or if nothing fits into it
+    """
+    wish, cuda = config.train, loaded.device.type == "cuda"
+    if wish.micro_tokens == "fit" and (fit is None or not cuda):
+        raise UserError(
+            f"train.micro_tokens=fit needs a GPU to fit into, and this run is on {loaded.device}",
+            hint="set a number, or auto",
+        )
+    if fit is not None and cuda and (wish.micro_tokens == "fit" or wish.recompute == "auto"):
+        return fit(config, loaded, examples, plan)
+    assert isinstance(wish.micro_tokens, int)
+    if wish.recompute != "auto":
+        return Choice(wish.recompute, wish.micro_tokens, "as set")
+    return Choice("none", wish.micro_tokens, f"no GPU's memory is planned for on {loaded.device}")
+
+
+def put_in_place(choice: Choice, config: RunConfig, loaded: Loaded, adapters: Adapters) -> dict[str, Any]:
+    """Fuse and recompute the layers; the settings that this decides, by dotted name."""
+    loaded.notes.extend(fuse(adapters, config.train, gpu=loaded.device.type == "cuda"))
+    if config.train.compile:
+        loaded.notes.append(compile_layers(list(decoder_layers(loaded.model) or ()), loaded.device))
+    apply(loaded.model, adapters, choice.tier)
+    decided: dict[str, Any] = {"train.recompute": choice.tier} if config.train.recompute == "auto" else {}
+    return decided | ({"train.micro_tokens": choice.tokens} if config.train.micro_tokens == "fit" else {})
 
 
 def see_first(
@@ -287,7 +347,7 @@ def decide(config: RunConfig, method: Method, num_steps: int, loaded: Loaded) ->
     if config.train.learning_rate == "auto":
         decided["train.learning_rate"] = method.learning_rate
     if config.train.micro_tokens == "auto":
-        decided["train.micro_tokens"] = 8192 if loaded.device.type == "cuda" else 2048
+        decided["train.micro_tokens"] = GPU_TOKENS if loaded.device.type == "cuda" else CPU_TOKENS
     if config.eval.every == "auto":
         decided["eval.every"] = max(1, math.ceil(num_steps / 10))
     if config.train.batch_size is None and config.train.batch_tokens is None:
@@ -303,25 +363,3 @@ def refuse_leaks(loaded: Loaded) -> None:
     why = honours_boundaries(loaded.model, loaded.model.get_input_embeddings().weight.shape[0])
     if why is not None:
         raise UserError(f"packing cannot be used: {why}", hint="--set data.packing=false")
-
-
-def checkpoint_layers(model: Any) -> None:
-    """Gradient checkpointing in the decoder layers, while every module stays in eval mode otherwise.
-
-    raises  UserError if the model has no layers that can
-    """
-    if not getattr(model, "supports_gradient_checkpointing", False):
-        raise UserError(
-            f"{type(model).__name__} cannot recompute its layers",
-            hint="--set train.gradient_checkpointing=false",
-        )
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    else:  # its name in transformers before 5.23
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    for module in model.modules():
-        if getattr(module, "gradient_checkpointing", False):
-            module.training = True  # transformers recomputes only then; the modules below stay in eval mode
-            for name, value in list(vars(module).items()):
-                if "dropout" in name and isinstance(value, float):
-                    setattr(module, name, 0.0)  # the base trains without dropout, recomputed or not

@@ -12,8 +12,12 @@ source  murmur3's 32-bit finaliser, chained over the parts of the key
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from .twin import twin
 
 MASK = 0xFFFFFFFF
 
@@ -43,8 +47,39 @@ def token_key(token: Tensor, *, seed: Tensor | int, step: int, group: int) -> Te
 
 def keyed_dropout(x: Tensor, key: Tensor, p: Tensor | float) -> Tensor:
     """x with dropped features at zero and the others scaled by 1 / (1 - p); key and p fit x's leading shape."""
-    keep = keep_mask(key, x.shape[-1], p)
-    scale = 1.0 / (1.0 - torch.as_tensor(p, dtype=torch.float64, device=x.device))
-    return torch.where(
-        keep, x * scale[..., None].to(x.dtype), torch.zeros((), dtype=x.dtype, device=x.device)
-    )
+    rate = torch.as_tensor(p, dtype=torch.float64, device=x.device)
+    return _Dropout.apply(x, key, rate)
+
+
+class _Dropout(torch.autograd.Function):
+    """Linear in x: the gradient is dropped and scaled alike."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, key: Tensor, rate: Tensor) -> Tensor:
+        ctx.save_for_backward(key, rate)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        if not x.is_meta and x.numel():
+            _keyed_dropout(x, key, rate, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        key, rate = ctx.saved_tensors
+        return keyed_dropout(dy, key, rate), None, None
+
+
+def _keyed_dropout_reference(x: Tensor, key: Tensor, rate: Tensor, out: Tensor) -> None:
+    keep = keep_mask(key, x.shape[-1], rate)
+    scale = (1.0 / (1.0 - rate))[..., None].to(x.dtype)
+    torch.where(keep, x * scale, torch.zeros((), dtype=x.dtype, device=x.device), out=out)
+
+
+@twin(_keyed_dropout_reference)
+def _keyed_dropout(x: Tensor, key: Tensor, rate: Tensor, out: Tensor) -> None:
+    from .dropout_triton import keyed_dropout
+
+    threshold = (
+        (rate * 2.0**32).ceil().to(torch.int64)
+    )  # a whole number is not below it just if it is not below this
+    scale = (1.0 / (1.0 - rate)).to(x.dtype)
+    keyed_dropout(x.contiguous(), key.contiguous(), threshold.reshape(-1), scale.reshape(-1), out)

@@ -2,10 +2,11 @@
 
     quantise     code[i] = nearest(table, w[i] / absmax[i // block])       absmax = max |w| over the block
     dequantise   w[i] = table[code[i]] * absmax[i // block]
-    to fp8       w8[o, i] = e4m3(w[o, i] * (1 / scale)),    scale = amax |w| / 448 of an output or input channel
+    to fp8       w8[o, i] = e4m3(w[o, i] * (1 / scale)),    scale = 2^ceil(log2(amax |w| / 448)) of a channel
 
 Two codes share a byte, the first in its high half. Products are taken in float32 and rounded once to the
-dtype asked for, in both twins, so they agree bit for bit. A tie goes to the lower value.
+dtype asked for, in both twins, so they agree bit for bit. A tie goes to the lower value. Scales of fp8 are powers of
+two: over output channels or over input channels, the same numbers come out, but for those that underflow.
 
 shapes  N weights in row-major order, H = ceil(N / 2) bytes, G = ceil(N / block) scales; fp8 takes (O, I)
 units   scales in weight units, float32, or double-quantised (`Scales8`)
@@ -29,7 +30,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .scales8 import BLOCK8, TINY, unit_blocks
+from .fp8 import E4M3, E4M3_MAX, power_of_two
+from .scales8 import BLOCK8, unit_blocks
 from .scales8 import Scales8 as Scales8
 from .scales8 import dequantize_scales as dequantize_scales
 from .scales8 import quantize_scales as quantize_scales
@@ -38,7 +40,6 @@ from .twin import twin
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 TABLES = ("nf4", "fp4", "e2m1")
 CHUNK = 2**18  # weights at a time on a CPU: what is in between stays in its cache
-E4M3_MAX = 448.0
 Scales = Tensor | Scales8  # one float32 a block, or the same in 8 bits
 
 NF4 = (
@@ -170,18 +171,20 @@ def dequantize4(
 ) -> Tensor:
     """The weights in `shape` and `dtype` (float32, bfloat16 or float16).
 
-    out  a flat buffer of that dtype with room for them: the result is a view of its beginning
+    out  a flat buffer of that dtype with room for them, of which the result is a view; or a matrix of that shape
+         with whole rows, such as some columns of a wider one
     """
     check4(packed_H, scales, table=table, shape=shape, block=block)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"weights come out in float32, bfloat16 or float16, not in {dtype}")
-    w_N = _room(packed_H, math.prod(shape), dtype, out)
+    w = _room(packed_H, shape, dtype, out)
     if not packed_H.is_meta:
-        _dequantize4(packed_H, scales, w_N, table=table, block=block)
-    return w_N.view(*shape)
+        _dequantize4(packed_H, scales, w, table=table, block=block)
+    return w
 
 
-def _dequantize4_reference(packed_H: Tensor, scales: Scales, w_N: Tensor, *, table: str, block: int) -> None:
+def _dequantize4_reference(packed_H: Tensor, scales: Scales, w: Tensor, *, table: str, block: int) -> None:
+    w_N = w.view(-1) if w.is_contiguous() else w.new_empty(w.numel())
     pairs = _pairs(table, packed_H.device)
     absmax_G = scales if isinstance(scales, Tensor) else dequantize_scales(scales)
     for start, stop in _chunks(len(w_N)):
@@ -191,27 +194,31 @@ def _dequantize4_reference(packed_H: Tensor, scales: Scales, w_N: Tensor, *, tab
         part[:whole].view(-1, block).mul_(absmax[: whole // block, None])
         part[whole:].mul_(absmax[whole // block :])  # a short last block: one scale, or none
         w_N[start:stop] = part
+    if not w.is_contiguous():
+        w.copy_(w_N.view(w.shape))
 
 
 @twin(_dequantize4_reference)
-def _dequantize4(packed_H: Tensor, scales: Scales, w_N: Tensor, *, table: str, block: int) -> None:
+def _dequantize4(packed_H: Tensor, scales: Scales, w: Tensor, *, table: str, block: int) -> None:
     from . import quant4_triton
 
-    quant4_triton.dequantize4(packed_H, scales, w_N, _table(table, w_N.device), block)
+    quant4_triton.dequantize4(packed_H, scales, None, w, _table(table, w.device), block)
 
 
 def channel_scale(
     packed_H: Tensor, scales: Scales, *, table: str, shape: Sequence[int], block: int, dim: int
 ) -> Tensor:
-    """amax |w| / 448 of each output channel (dim 0: (O,)) or input channel (dim 1: (I,)); 1 where all are zero."""
+    """The least power of two that brings each output channel (dim 0: (O,)) or input channel (dim 1: (I,)) within 448.
+
+    1 where all weights are zero, or so small that the reciprocal would not be finite: they come out as zeros.
+    """
     if len(shape) != 2 or dim not in (0, 1):
         raise ValueError(f"a matrix has channels along 0 and 1, asked was {dim} of {list(shape)}")
     check4(packed_H, scales, table=table, shape=shape, block=block)
     if packed_H.is_meta:
         return packed_H.new_empty(shape[dim], dtype=torch.float32)
     amax = _channel_amax(packed_H, scales, table=table, shape=shape, block=block, dim=dim)
-    scale = amax / torch.full_like(amax, E4M3_MAX)  # by a tensor: a GPU multiplies by a number's reciprocal
-    return torch.where(scale < TINY, 1.0, scale)  # below it the reciprocal would not be finite
+    return power_of_two(amax)
 
 
 def _channel_amax_reference(
@@ -242,17 +249,16 @@ def dequantize4_fp8(
     transposed: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """A matrix (O, I) over its channels' scale, in float8_e4m3fn; transposed, (I, O) contiguous.
+    """A matrix (O, I) over its channels' scale, in float8_e4m3fn; transposed, (I, O).
 
-    scale  (O,) float32 of the output channels; transposed, (I,) of the input channels
-    out    as in `dequantize4`
+    scale  of `channel_scale`: (O,) of the output channels; transposed, (I,) of the input channels
+    out    as in `dequantize4`; transposed, three weights of one input side by side are three blocks of columns
     """
     check4(packed_H, scales, table=table, shape=shape, block=block)
     if len(shape) != 2 or scale.shape != (shape[transposed],) or scale.dtype != torch.float32:
         got = f"{list(scale.shape)} scales of {scale.dtype}"
         raise ValueError(f"{got} for {list(shape)}, transposed: {transposed}")
-    w8_N = _room(packed_H, math.prod(shape), torch.float8_e4m3fn, out)
-    w8 = w8_N.view(shape[1], shape[0]) if transposed else w8_N.view(*shape)
+    w8 = _room(packed_H, shape[::-1] if transposed else shape, E4M3, out)
     if not packed_H.is_meta:
         _dequantize4_fp8(packed_H, scales, scale, w8, table=table, block=block, transposed=transposed)
     return w8
@@ -302,16 +308,20 @@ def check4(packed_H: Tensor, scales: Scales, *, table: str, shape: Sequence[int]
         )
 
 
-def _room(packed_H: Tensor, n: int, dtype: torch.dtype, out: Tensor | None) -> Tensor:
-    """n elements, of `out` if it is given."""
+def _room(packed_H: Tensor, shape: Sequence[int], dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    """A tensor to write: a new one, the beginning of the flat buffer `out`, or `out` itself."""
+    n = math.prod(shape)
     if out is None:
-        return torch.empty(n, dtype=dtype, device=packed_H.device)
-    if out.dtype != dtype or out.device != packed_H.device or out.numel() < n or out.dim() != 1:
-        raise ValueError(
-            f"`out` must be flat, with room for {n:,} of {dtype} on {packed_H.device}; it is "
-            f"{list(out.shape)} of {out.dtype} on {out.device}"
-        )
-    return out[:n]
+        return torch.empty(tuple(shape), dtype=dtype, device=packed_H.device)
+    if out.dtype == dtype and out.device == packed_H.device:
+        if out.dim() == 1 and out.is_contiguous() and out.numel() >= n:
+            return out[:n].view(*shape)
+        if out.dim() == 2 and out.shape == tuple(shape) and out.stride(1) == 1:
+            return out
+    raise ValueError(
+        f"`out` must be flat, with room for {n:,} of {dtype} on {packed_H.device}, or {list(shape)} with whole rows; "
+        f"it is {list(out.shape)} of {out.dtype} on {out.device}"
+    )
 
 
 def _chunks(n: int) -> Iterator[tuple[int, int]]:

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from .scales8 import BLOCK8, TINY, Scales8, dynamic_map
 
-FLAT = (
-    4096  # weights a program where rows do not matter; tile sizes are a schedule, no part of the arithmetic
-)
-ROWS, COLS = 64, 128
+# Weights a program where rows do not matter; tile sizes and warps are a schedule, no part of the arithmetic.
+FLAT, WARPS = 4096, 4
+LINE = 1024  # of them in one row at most: few of a row's last tile lie outside
+ROWS, COLS, TURNING = 64, 128, 4
 EXACT = {"enable_fp_fusion": False}  # map * absmax2 + offset is rounded twice, as in torch
 INNER = tl.constexpr(BLOCK8)
 
@@ -48,10 +48,25 @@ def reciprocal(x_N: Tensor) -> Tensor:
     return y_N
 
 
-def dequantize4(packed_H: Tensor, scales: Tensor | Scales8, w_N: Tensor, values: Tensor, block: int) -> None:
-    source, form = _source(packed_H, scales, values, len(w_N), block)
-    with torch.cuda.device_of(w_N):
-        _dequantize4[(triton.cdiv(len(w_N), FLAT),)](*source, w_N, len(w_N), C=FLAT, **form)
+def dequantize4(
+    packed_H: Tensor,
+    scales: Tensor | Scales8,
+    channel: Tensor | None,
+    w: Tensor,
+    values: Tensor,
+    block: int,
+) -> None:
+    """Write w: flat, or a matrix whose rows lie apart, or over the scale of each row."""
+    flat = channel is None and w.is_contiguous()
+    rows, cols, stride = (1, w.numel(), w.numel()) if flat else (*w.shape, w.stride(0))
+    source, form = _source(packed_H, scales, values, cols, block)
+    wide = min(FLAT if rows == 1 else LINE, triton.next_power_of_2(max(cols, 8)))
+    across = triton.cdiv(cols, wide)
+    grid = (triton.cdiv(rows, FLAT // wide) * across,)
+    held = values if channel is None else channel.contiguous()
+    form.update(R=FLAT // wide, C=wide, SCALED=channel is not None, num_warps=WARPS)
+    with torch.cuda.device_of(w):
+        _dequantize4[grid](*source, held, w, rows, cols, stride, across, **form)
 
 
 def channel_amax(
@@ -74,13 +89,15 @@ def dequantize4_fp8(
     block: int,
     transposed: bool,
 ) -> None:
-    rows, cols = reversed(w8.shape) if transposed else w8.shape
+    if not transposed:
+        dequantize4(packed_H, scales, scale, w8, values, block)
+        return
+    cols, rows = w8.shape
     source, form = _source(packed_H, scales, values, cols, block)
     grid = (triton.cdiv(rows, ROWS), triton.cdiv(cols, COLS))
+    form.update(R=ROWS, C=COLS, num_warps=TURNING)
     with torch.cuda.device_of(w8):
-        _dequantize4_fp8[grid](
-            *source, scale.contiguous(), w8, rows, cols, TRANSPOSED=transposed, R=ROWS, C=COLS, **form
-        )
+        _turn4_fp8[grid](*source, scale.contiguous(), w8, rows, cols, w8.stride(0), **form)
 
 
 def _source(
@@ -161,7 +178,7 @@ def _scale(group_ptr, absmax_ptr, map_ptr, offset_ptr, group, inside, NESTED: tl
 
 
 @triton.jit
-def _tile(
+def _weights(
     packed_ptr,
     values_ptr,
     group_ptr,
@@ -178,9 +195,10 @@ def _tile(
     WORDS: tl.constexpr,
     NESTED: tl.constexpr,
 ):
-    """Float32 weights (R, C); outside the matrix any number.
+    """Float32 weights of a tile (R, C) in one line, so that neighbouring lanes read neighbouring bytes.
 
-    Its elements stand in one line until the end, so that neighbouring lanes read neighbouring bytes.
+    (L, 8) with L words, or (L, 1); and of each line its row, column, and whether it is in the matrix. Outside it
+    any number.
     """
     STEP: tl.constexpr = 8 if WORDS else 1  # weights an element
     at = tl.arange(0, R * C // STEP)
@@ -193,11 +211,10 @@ def _tile(
         word = tl.load(packed_ptr + n // 8, mask=inside, other=0)
         shift = (tl.arange(0, 8) ^ 1) * 4  # of two codes the first is in the high half
         code = (word[:, None] >> shift[None, :]) & 15
-        w = tl.load(values_ptr + code) * scale[:, None]
     else:
         byte = tl.load(packed_ptr + n // 2, mask=inside, other=0).to(tl.int32)
-        w = tl.load(values_ptr + ((byte >> ((n % 2) ^ 1).to(tl.int32) * 4) & 15)) * scale
-    return tl.reshape(w, (R, C))
+        code = ((byte >> ((n % 2) ^ 1).to(tl.int32) * 4) & 15)[:, None]
+    return tl.load(values_ptr + code) * scale[:, None], row, col, inside
 
 
 @triton.jit
@@ -208,20 +225,32 @@ def _dequantize4(
     absmax_ptr,
     map_ptr,
     offset_ptr,
+    scale_ptr,
     out_ptr,
-    num_weights,
+    num_rows,
+    num_cols,
+    stride,
+    across,
+    R: tl.constexpr,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
     WORDS: tl.constexpr,
     NESTED: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
-    first = tl.program_id(0).to(tl.int64) * C
+    """Words are written as they are read, eight weights a lane: turning them into rows first costs as much again."""
+    first_row = (tl.program_id(0) // across).to(tl.int64) * R
+    first_col = (tl.program_id(0) % across).to(tl.int64) * C
     # fmt: off
-    w = _tile(packed_ptr, values_ptr, group_ptr, absmax_ptr, map_ptr, offset_ptr,
-              0, first, 1, num_weights, 1, C, BLOCK, WORDS, NESTED)
+    w, row, col, inside = _weights(packed_ptr, values_ptr, group_ptr, absmax_ptr, map_ptr, offset_ptr,
+                                   first_row, first_col, num_rows, num_cols, R, C, BLOCK, WORDS, NESTED)
     # fmt: on
-    n = first + tl.arange(0, C)
-    tl.store(out_ptr + n, tl.reshape(w, (C,)).to(out_ptr.dtype.element_ty), mask=n < num_weights)
+    if SCALED:
+        inverse = tl.div_rn(1.0, tl.load(scale_ptr + row, mask=inside, other=1.0))
+        w *= inverse[:, None]  # the conversion to fp8 cuts off by itself
+    STEP: tl.constexpr = 8 if WORDS else 1
+    at = (row * stride + col)[:, None] + tl.arange(0, STEP)[None, :]
+    tl.store(out_ptr + at, w.to(out_ptr.dtype.element_ty), mask=inside[:, None])
 
 
 @triton.jit
@@ -246,10 +275,11 @@ def _channel_amax(
     first_row = tl.program_id(0).to(tl.int64) * R
     first_col = tl.program_id(1).to(tl.int64) * C
     # fmt: off
-    w = _tile(packed_ptr, values_ptr, group_ptr, absmax_ptr, map_ptr, offset_ptr,
-              first_row, first_col, num_rows, num_cols, R, C, BLOCK, WORDS, NESTED)
+    w, _, _, _ = _weights(packed_ptr, values_ptr, group_ptr, absmax_ptr, map_ptr, offset_ptr,
+                          first_row, first_col, num_rows, num_cols, R, C, BLOCK, WORDS, NESTED)
     # fmt: on
     row, col = first_row + tl.arange(0, R), first_col + tl.arange(0, C)
+    w = tl.reshape(w, (R, C))
     w = tl.where((row < num_rows)[:, None] & (col < num_cols)[None, :], tl.abs(w), 0.0)
     if DIM == 0:
         tl.store(part_ptr + tl.program_id(1) * num_rows + row, tl.max(w, 1), mask=row < num_rows)
@@ -258,7 +288,7 @@ def _channel_amax(
 
 
 @triton.jit
-def _dequantize4_fp8(
+def _turn4_fp8(
     packed_ptr,
     values_ptr,
     group_ptr,
@@ -269,31 +299,26 @@ def _dequantize4_fp8(
     out_ptr,
     num_rows,
     num_cols,
-    TRANSPOSED: tl.constexpr,
+    stride,
     R: tl.constexpr,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
     WORDS: tl.constexpr,
     NESTED: tl.constexpr,
 ):
+    """The transpose: turned in one byte a weight, so that whole rows of the result are written."""
     first_row = tl.program_id(0).to(tl.int64) * R
     first_col = tl.program_id(1).to(tl.int64) * C
     # fmt: off
-    w = _tile(packed_ptr, values_ptr, group_ptr, absmax_ptr, map_ptr, offset_ptr,
-              first_row, first_col, num_rows, num_cols, R, C, BLOCK, WORDS, NESTED)
+    w, _, _, _ = _weights(packed_ptr, values_ptr, group_ptr, absmax_ptr, map_ptr, offset_ptr,
+                          first_row, first_col, num_rows, num_cols, R, C, BLOCK, WORDS, NESTED)
     # fmt: on
     row, col = first_row + tl.arange(0, R), first_col + tl.arange(0, C)
-    if TRANSPOSED:
-        inverse = tl.div_rn(1.0, tl.load(scale_ptr + col, mask=col < num_cols, other=1.0))[None, :]
-    else:
-        inverse = tl.div_rn(1.0, tl.load(scale_ptr + row, mask=row < num_rows, other=1.0))[:, None]
-    w = tl.minimum(tl.maximum(w * inverse, -448.0), 448.0).to(out_ptr.dtype.element_ty)
-    if TRANSPOSED:  # turned in one byte a weight, so that whole rows of the result are written
-        at = col[:, None] * num_rows + row[None, :]
-        tl.store(out_ptr + at, tl.trans(w), mask=(col < num_cols)[:, None] & (row < num_rows)[None, :])
-    else:
-        at = row[:, None] * num_cols + col[None, :]
-        tl.store(out_ptr + at, w, mask=(row < num_rows)[:, None] & (col < num_cols)[None, :])
+    inverse = tl.div_rn(1.0, tl.load(scale_ptr + col, mask=col < num_cols, other=1.0))[None, :]
+    w = tl.reshape(w, (R, C)) * inverse
+    at = col[:, None] * stride + row[None, :]
+    inside = (col < num_cols)[:, None] & (row < num_rows)[None, :]
+    tl.store(out_ptr + at, tl.trans(w.to(out_ptr.dtype.element_ty)), mask=inside)
 
 
 def cases(device: torch.device | str) -> Iterator[tuple[Tensor, str, int, bool]]:

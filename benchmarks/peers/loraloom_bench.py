@@ -1,0 +1,228 @@
+"""loraloom itself: its own model class on random weights, its adapters, its packing.Batch and its train_step.
+
+Every setting is that of `loraloom train`: the optimizer is loraloom.optim's, gradients are clipped at 1. --variants
+runs several settings in one process, `;` between them, each as QUANT[,key=value ...]:
+
+    --variants "none;nf4;nf4,fp8=off;nf4,recompute=full"
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import kit
+import loop
+
+ROOT = Path(__file__).parents[2]
+KEYS = {
+    "fp8": ["auto", "on", "off"],
+    "fast": ["auto", "on", "off"],
+    "recompute": ["none", "gate_up", "full", "offload"],
+    "attention": ["auto", "varlen", "sdpa"],
+}
+BOOL = {"auto": "auto", "on": True, "off": False}
+FOREVER = 1_000_000  # steps of the run that this would be
+
+
+def parser() -> argparse.ArgumentParser:
+    p = kit.parser()
+    for key, choices in KEYS.items():
+        default = "none" if key == "recompute" else "auto"
+        p.add_argument(f"--{key}", default=default, choices=choices)
+    p.add_argument("--dropout", type=float, default=0.0)
+    p.add_argument("--variants", default="", help="QUANT[,key=value ...] and so on, with ; between them")
+    return p
+
+
+class Loraloom:
+    name, site = "loraloom", ()
+
+    @staticmethod
+    def variants(a: argparse.Namespace) -> list[argparse.Namespace]:
+        """The settings of --variants, or the one of the flags."""
+        found = []
+        for words in filter(None, a.variants.split(";")):
+            quant, *pairs = words.strip().split(",")
+            one = copy.deepcopy(a)
+            one.quant = quant
+            for key, value in (pair.split("=") for pair in pairs):
+                if value not in KEYS.get(key, [value]) or not hasattr(a, key):
+                    raise SystemExit(f"--variants: there is no {key}={value}")
+                setattr(one, key, type(getattr(a, key))(value))
+            found.append(one)
+        return found or [a]
+
+    def build(self, a: argparse.Namespace) -> None:
+        """Model, adapters and optimizer as a run's first step finds them."""
+        import torch
+        from random_weights import random_model
+
+        from loraloom.adapt import Adapters
+        from loraloom.optim import make_optimizer, set_rates
+        from loraloom.workshop import spec_of
+
+        self.a, self.notes, self.number, self.without_grad = a, list[str](), 0, 0
+        self.recompute = "full" if a.checkpoint != "off" and a.recompute == "none" else a.recompute
+        config = self.config = settings(a, self.recompute)
+        device = self.device = torch.device(a.device)
+        table = None if a.quant == "none" else a.quant
+        self.model = random_model(kit.hf_config(a), device=device, table=table)
+        self.attention(config.model.attention)
+        self.products(config)
+        self.adapters = Adapters(self.model)
+        self.adapters.add("default", spec_of(config))
+        self.fused(a.fast)
+        self.recomputing()
+        self.adapters.train()
+        self.optimizer = make_optimizer(self.adapters.groups(1e-4), config.train)
+        set_rates(self.optimizer, 1.0)
+
+    def attention(self, wanted: str) -> None:
+        import torch
+
+        self.attn_used = "sdpa"
+        if settle := self.has("model", "settle_attention"):
+            self.attn_used = settle(self.model, wanted, self.device, torch.bfloat16)
+
+    def products(self, config: Any) -> None:
+        """Products in fp8 where the settings ask for them."""
+        if config.model.quantize == "none":
+            return
+        if use_fp8 := self.has("products8", "use_fp8"):
+            self.notes += use_fp8(self.model, config.model.fp8, self.device)
+
+    def recomputing(self) -> None:
+        if self.recompute == "none":
+            return
+        if apply := self.has("recompute", "apply"):
+            apply(self.model, self.adapters, self.recompute)
+        elif self.recompute == "full":
+            self.has("workshop", "checkpoint_layers")(self.model)
+        else:
+            raise SystemExit(f"this version has no recompute={self.recompute}")
+
+    def fused(self, wanted: str) -> None:
+        """Fused decoder layers, before any is recomputed; a line for each kind that is taken or is not."""
+        if wanted == "off" or (wanted == "auto" and self.device.type != "cuda"):
+            return
+        if engage := self.has("fast", "engage"):
+            self.notes += engage(
+                self.adapters, recompute="gate_up" if self.recompute == "gate_up" else "none"
+            )
+
+    def has(self, module: str, name: str) -> Any:
+        """A function of loraloom; None, and a note, in a version that has none: earlier commits are measured too."""
+        if importlib.util.find_spec(f"loraloom.{module}") is not None:
+            own = getattr(importlib.import_module(f"loraloom.{module}"), name, None)
+            if own is not None:
+                return own
+        self.notes.append(f"no {module}.{name} in this version")
+        return None
+
+    def prepare(self, b: dict[str, Any], r: argparse.Namespace) -> dict[str, Any]:
+        """The kit's batch as packing makes one: documents in one row, or one a row."""
+        from loraloom.packing import batch, rounded
+        from loraloom.workload import Made
+
+        ids = b["ids"].cpu()
+        if b["lens"]:
+            parts = [one.tolist() for one in ids[0].split(b["lens"])]
+            made = batch([list(enumerate(map(Made, parts)))], 0, length=rounded(ids.numel()))
+        else:
+            widths = b.get("widths") or [ids.shape[1]] * len(ids)
+            parts = [row[:width].tolist() for row, width in zip(ids, widths)]
+            made = batch([[(n, Made(part))] for n, part in enumerate(parts)], 0)
+        return {"batch": made.to(self.device), "real": b["real"], "slots": made.ids.numel()}
+
+    def step(self, b: dict[str, Any]) -> tuple[float, float]:
+        from loraloom.step import train_step
+
+        stats = train_step(
+            self.model,
+            self.adapters,
+            self.optimizer,
+            [b["batch"]],
+            step=self.number,
+            num_steps=FOREVER,
+            max_norm=self.config.train.max_grad_norm,
+            inspect=self.look if self.number == 0 else None,
+        )
+        self.number += 1
+        return stats.loss, stats.grad_norm
+
+    def look(self) -> None:
+        self.without_grad = sum(p.grad is None for p in self.trained())
+
+    @property
+    def multiplies8(self) -> bool:
+        """Whether products with any weight are taken in fp8."""
+        return any(getattr(p, "fp8", False) for p in self.model.parameters())
+
+    def trained(self) -> list[Any]:
+        return list(self.adapters.parameters())
+
+    def about(self) -> dict[str, Any]:
+        from loraloom.quant import bits_per_parameter, stored_bytes
+
+        weights = sum(map(stored_bytes, self.model.parameters()))
+        return {
+            "recompute": self.recompute,
+            "checkpoint": "off" if self.recompute == "none" else "on",
+            "fp8": "on" if self.multiplies8 else "off",  # what is so, not what was asked for
+            "fast": self.a.fast,
+            "dropout": self.a.dropout,
+            "weights_gb": round(weights / 1e9, 3),
+            "bits_a_weight": bits_per_parameter(self.model),
+            "layers": self.notes,
+        }
+
+    @staticmethod
+    def release() -> None:
+        from loraloom.kernels.matmul_frozen import release_buffers
+
+        release_buffers()
+        loop.clean()
+
+
+def settings(a: argparse.Namespace, recompute: str) -> Any:
+    """The run's settings, as from a file."""
+    from loraloom.config import resolve
+
+    chosen = {
+        "model": a.model,
+        "model.dtype": "bfloat16",
+        "model.device": a.device,
+        "model.quantize": a.quant,
+        "model.fp8": BOOL[a.fp8],
+        "model.attention": a.attention,
+        "data": "none",
+        "output": "none",
+        "r": a.rank,
+        "alpha": "2r",
+        "dropout": a.dropout,
+        "target_modules": kit.TARGETS[a.targets],
+        "train.recompute": recompute,
+        "train.fast": BOOL[a.fast],
+        "train.weight_decay": 0.0,
+    }
+    return resolve(None, chosen)[0]
+
+
+def own_path() -> None:
+    """This project's sources and the benchmarks' helpers, first on the path; carried packages where they lack."""
+    if importlib.util.find_spec("pydantic") is None:
+        kit.use_site("loraloom")
+    sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks")]
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as in `loraloom train`
+
+
+if __name__ == "__main__":
+    own_path()
+    loop.main(Loraloom, parser())

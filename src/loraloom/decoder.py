@@ -1,0 +1,177 @@
+"""A Llama-like decoder layer as two nodes of autograd with attention between them.
+
+    Before   n = norm(x);  q, k, v = n W^T + low-rank, turned by their positions
+    After    x' = x + o W_o^T;  n = norm(x');  h = act(n W_g^T) (n W_u^T);  x'' = x' + h W_d^T
+
+What a layer saves is what its products cannot do without: x, q, k, v (attention keeps those, and its output), x',
+gate and up before their low-rank part, and the thin s = x A^T. Norm outputs and h are made again in the backward
+kernels, where they are needed for dA alone. The gradient of the residual stream passes through both nodes.
+
+shapes  T tokens in one line; x (T, K); q (T, H, D), k and v (T, G, D); F the MLP's width
+source  LoRA, arXiv:2106.09685; tests/test_fast.py: equal to the layer's own code in float64
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .group import Group, Wide, backward, dlow, forward, low, pair_grads, thin_grad
+from .kernels.block import (
+    Act,
+    Normed,
+    add_norm,
+    norm_grad,
+    rope,
+    rope_grad,
+    shown,
+    swiglu,
+    swiglu_grad,
+)
+
+
+@dataclass
+class Parts:
+    """What a fused layer works with.
+
+    norms      weights of the two norms, as they multiply, and their eps
+    heads      (H, G) and D
+    recompute  whether gate and up are multiplied again in the backward pass
+    """
+
+    qkv: Group
+    o: Group
+    gate_up: Group
+    down: Group
+    norms: tuple[Tensor, Tensor]
+    eps: tuple[float, float]
+    act: Act
+    heads: tuple[int, int]
+    dim: int
+    recompute: str = "none"
+
+    def groups(self) -> Sequence[Group]:
+        return self.qkv, self.o, self.gate_up, self.down
+
+
+def normed(
+    x: Tensor, weight: Tensor, eps: float, group: Group, wide: Wide | None, y: Tensor | None = None
+) -> Normed:
+    """The norm in the forms that a group reads."""
+    fp8 = group.frozen.fp8
+    return add_norm(x, weight, eps, y=y, quantize=fp8, keep=not fp8 or wide is not None)
+
+
+def dtypes_of(tensors: Sequence[Tensor]) -> list[torch.dtype]:
+    return [tensor.dtype for tensor in tensors]
+
+
+def once(ctx: Any) -> None:
+    """raises  RuntimeError in a second backward pass: the first has written over what was saved"""
+    if getattr(ctx, "spent", False):
+        raise RuntimeError("a fused decoder layer's backward pass runs once: retain_graph is not supported")
+    ctx.spent = True
+
+
+class Before(torch.autograd.Function):
+    """(x, cos, sin, parts, wide, *pairs) -> q, k, v, x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, parts: Parts, wide: Wide | None, *pairs: Tensor
+    ) -> tuple[Tensor, ...]:
+        made = normed(x, parts.norms[0], parts.eps[0], parts.qkv, wide)
+        qkv, s = forward(parts.qkv, wide, made.n, kernel_adds=True)
+        rope(qkv, cos, sin, parts.heads, low=low(wide, s))
+        ctx.save_for_backward(x, cos, sin, made.rstd, s)
+        ctx.parts, ctx.wide, ctx.dtypes = parts, wide, dtypes_of(pairs)
+        heads, groups = parts.heads
+        q, k, v = qkv.unflatten(1, (-1, parts.dim)).split([heads, groups, groups], dim=1)
+        return q, k, v, x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, dres: Tensor) -> tuple[Any, ...]:
+        once(ctx)
+        x, cos, sin, rstd, s = ctx.saved_tensors
+        parts, wide = ctx.parts, ctx.wide
+        weight = parts.norms[0]
+        dqkv = rope_grad(dq, dk, dv, cos, sin)
+        ds = None if wide is None else thin_grad(wide, dqkv)
+        if ctx.needs_input_grad[0]:
+            n = backward(parts.qkv, wide, shown(dqkv, parts.qkv.frozen.fp8), ds)
+            dx = norm_grad(n, x, rstd, weight, dres=dres, keep_n=wide is not None).dense
+            return dx, None, None, None, None, *pair_grads(wide, n, s, ds, dqkv, ctx.dtypes)
+        # Nothing below trains: no gradient of x, and n is made for dA alone.
+        made = None if wide is None else add_norm(x, weight, parts.eps[0]).n.dense
+        return None, None, None, None, None, *pair_grads(wide, made, s, ds, dqkv, ctx.dtypes)
+
+
+class After(torch.autograd.Function):
+    """(attention's output (T, H D), x, parts, wides of o, gate_up and down, *pairs) -> the layer's output."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, attn: Tensor, x: Tensor, parts: Parts, wides: Sequence[Wide | None], *pairs: Tensor
+    ) -> Tensor:
+        o, gate_up, down = wides
+        y, s_o = forward(parts.o, o, shown(attn, parts.o.frozen.fp8), kernel_adds=False)
+        made = normed(x, parts.norms[1], parts.eps[1], parts.gate_up, gate_up, y)
+        x, rstd = made.x, made.rstd
+        del y
+        gu, s_gu = forward(parts.gate_up, gate_up, made.n, kernel_adds=True)
+        del made
+        h = swiglu(gu, parts.act, low=low(gate_up, s_gu))
+        y, s_d = forward(parts.down, down, shown(h, parts.down.frozen.fp8), kernel_adds=False)
+        del h
+        kept = None if parts.recompute == "gate_up" else gu
+        ctx.save_for_backward(attn, x, rstd, kept, s_o, s_gu, s_d)
+        ctx.parts, ctx.wides, ctx.dtypes = parts, wides, dtypes_of(pairs)
+        return y.add_(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+        once(ctx)
+        attn, x, rstd, gu, s_o, s_gu, s_d = ctx.saved_tensors
+        parts, (o, gate_up, down) = ctx.parts, ctx.wides
+        of_o, of_gate, of_down = by_group(ctx.dtypes, ctx.wides)
+        dout = dout.contiguous()
+        if gu is None:
+            again = normed(x, parts.norms[1], parts.eps[1], parts.gate_up, gate_up)
+            gu, _ = forward(parts.gate_up, gate_up, again.n, kernel_adds=True)
+            del again
+
+        ds = None if down is None else thin_grad(down, dout)
+        dh = backward(parts.down, down, shown(dout, parts.down.frozen.fp8), ds, kernel_adds=True)
+        swiglu_grad(gu, parts.act, dh, low=low(gate_up, s_gu), dlow=dlow(down, ds), keep_h=down is not None)
+        grads_down = pair_grads(down, dh, s_d, ds, dout, of_down)
+        del dh
+
+        ds = None if gate_up is None else thin_grad(gate_up, gu)
+        n = backward(parts.gate_up, gate_up, shown(gu, parts.gate_up.frozen.fp8), ds)
+        fp8 = parts.o.frozen.fp8
+        dx = norm_grad(n, x, rstd, parts.norms[1], dres=dout, quantize=fp8, keep_n=gate_up is not None)
+        grads_gate = pair_grads(gate_up, n, s_gu, ds, gu, of_gate)
+        del n, gu
+
+        assert dx.dense is not None
+        ds = None if o is None else thin_grad(o, dx.dense)
+        dattn = backward(parts.o, o, dx, ds) if ctx.needs_input_grad[0] else None
+        grads_o = pair_grads(o, attn, s_o, ds, dx.dense, of_o)
+        return dattn, dx.dense, None, None, *grads_o, *grads_gate, *grads_down
+
+
+def by_group(dtypes: Sequence[torch.dtype], wides: Sequence[Wide | None]) -> list[Sequence[torch.dtype]]:
+    """The dtypes of the pairs of each group."""
+    parts, start = [], 0
+    for wide in wides:
+        stop = start + (0 if wide is None else 2 * len(wide.parts))
+        parts.append(dtypes[start:stop])
+        start = stop
+    return parts

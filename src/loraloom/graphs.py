@@ -1,0 +1,395 @@
+"""Short passes as CUDA graphs: what a micro-batch launches, forward and backward, is recorded once and then replayed.
+
+A pass of few tokens keeps a GPU busy for less time than the host takes to launch its kernels. A graph has fixed
+shapes, so batches are padded to few of them. Which, is a function of the batch alone:
+
+    tokens     all rows in one line, up to a quarter of a power of two; what is added are documents without targets
+    documents  one for each 32 tokens, at least 8, or twice as many until they are enough; those added are empty
+    targets    half of the tokens, or as many; those added point at token 0, which has no label
+    longest    256, 1024, 4096 ...: what attention is launched for
+
+Gradients are added to buffers that stay: they stand as `.grad` from a step's first pass to its end. What looks at
+them, clips them and moves weights runs between replays as ever.
+
+units   tokens
+source  tests/test_graphs.py: padded or not, recorded or not, the same losses and weights
+"""
+
+from __future__ import annotations
+
+import gc
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from .adapt import Adapters
+from .attention import takes_documents
+from .config import RunConfig
+from .errors import UserError
+from .kernels.matmul_frozen import release_buffers
+from .methods.base import Method
+from .nll import why_whole_logits
+from .packing import IGNORED, Batch, Documents
+from .step import accumulate
+
+MOST = 2048  # tokens of a pass that `auto` records
+LEAST = 64
+LONGEST = 256
+KEPT = 16  # graphs at once
+WORTH = 4  # replays that a graph takes to pay for its recording
+WARM = 3  # passes before a recording
+
+Run = Callable[[], Tensor]  # one pass over a batch that stands still: adds to gradients, returns the loss
+
+
+# ---- shapes -------------------------------------------------------------------------------------------------
+
+
+class Shape(NamedTuple):
+    """What all batches of one graph have in common."""
+
+    tokens: int
+    documents: int
+    targets: int
+    longest: int
+
+
+def shape_of(batch: Batch) -> Shape:
+    """The shape of a batch that `padded` made."""
+    documents = batch.documents
+    return Shape(batch.ids.numel(), len(documents.lengths), len(batch.target_at), documents.longest)
+
+
+def shape_for(batch: Batch) -> Shape:
+    """The shape to pad a batch to."""
+    tokens = rounded(batch.ids.numel())
+    need = len(batch.documents.lengths) + len(tail(batch, tokens))
+    documents = max(8, tokens // 32)
+    while documents < need:
+        documents *= 2
+    longest = LONGEST
+    while longest < batch.documents.longest:
+        longest *= 4
+    half = tokens // 2
+    return Shape(tokens, documents, half if len(batch.target_at) <= half else tokens, min(longest, tokens))
+
+
+def rounded(tokens: int) -> int:
+    """Up to a quarter of the power of two below, so that at most a quarter is added."""
+    grain = max(LEAST, (1 << (tokens - 1).bit_length()) // 8)
+    return -(-tokens // grain) * grain
+
+
+def tail(batch: Batch, tokens: int) -> list[int]:
+    """Lengths of the documents that fill a line up: none is longer than what the batch has, nor has later positions."""
+    extra, piece = tokens - batch.ids.numel(), batch.documents.longest
+    return [min(piece, extra - at) for at in range(0, extra, piece)]
+
+
+def padded(batch: Batch, pad_id: int) -> Batch:
+    """The same tokens, targets and documents in one row of the shape that suits them.
+
+    raises  ValueError if the batch is not packed: its rows may be no documents to the model
+    """
+    if batch.position is None:
+        raise ValueError("only packed batches can be put in one row")
+    shape, (_, width) = shape_for(batch), batch.ids.shape
+    more = tail(batch, shape.tokens)
+    starts = [batch.documents.starts.new_tensor(more).cumsum(0, dtype=torch.int32) + batch.ids.numel()]
+    starts += [
+        starts[0].new_full((shape.documents - len(batch.documents.lengths) - len(more),), shape.tokens)
+    ]
+    counts = [torch.arange(length) for length in more] or [torch.arange(0)]
+    added = shape.tokens - batch.ids.numel()
+    return replace(
+        batch,
+        ids=pad(batch.ids.view(1, -1), (0, added), value=pad_id),
+        labels=pad(batch.labels.view(1, -1), (0, added), value=IGNORED),
+        position=torch.cat([batch.position.view(-1), *counts])[None],
+        token=pad(batch.token.view(1, -1), (0, added)),
+        spans=[(0, b * width + start, b * width + stop) for b, start, stop in batch.spans],
+        target_at=pad(batch.target_at, (0, shape.targets - len(batch.target_at))),
+        documents=Documents(
+            torch.cat([batch.documents.starts, *starts]), (shape.longest,) * shape.documents, known=False
+        ),
+    )
+
+
+# ---- recording ----------------------------------------------------------------------------------------------
+
+
+class Recorder(Protocol):
+    """Makes a pass repeatable. A test on a CPU runs it again instead."""
+
+    def warm(self, run: Run) -> None:
+        """Run it as often as it takes until nothing is compiled or chosen any more.
+
+        raises  RuntimeError if it waits for the device
+        """
+
+    def record(self, run: Run) -> Run:
+        """What runs it again on the same tensors."""
+
+
+class CudaRecorder:
+    """CUDA graphs in one pool: they are never replayed at once, so they may share the memory of what they compute."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)
+
+    def warm(self, run: Run) -> None:
+        here = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(here)
+        with torch.cuda.stream(self.stream):
+            run()  # compiles kernels and tries their variants, which may wait
+            with no_waiting():
+                for _ in range(WARM - 1):
+                    run()
+        here.wait_stream(self.stream)
+
+    def record(self, run: Run) -> Run:
+        release_buffers()  # those made while recording belong to the pool, which a graph keeps
+        gc.collect()  # an old pass's nodes would bring in the stream that they were made on
+        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        mode = "thread_local"  # the thread that packs may allocate meanwhile
+        try:
+            with torch.cuda.device(self.device), torch.cuda.graph(graph, self.pool, capture_error_mode=mode):
+                loss = run()
+        finally:
+            torch.cuda.set_stream(here)  # a recording that fails leaves its own
+        release_buffers()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return loss
+
+        return replay
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Whatever waits for the device inside raises RuntimeError, as far as torch sees it."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A pass over tensors that stay, and how to run it again."""
+
+    inputs: list[Tensor]
+    targets: Tensor
+    replay: Run
+
+    def __call__(self, batch: Batch, targets: int) -> Tensor:
+        """Add the gradient of another batch of the shape; its share of the loss, good until the next replay."""
+        for mine, other in zip(self.inputs, tensors_of(batch), strict=True):
+            mine.copy_(other, non_blocking=True)
+        self.targets.fill_(targets)
+        return self.replay()
+
+
+def tensors_of(batch: Batch) -> list[Tensor]:
+    found: list[Tensor] = []
+    batch.each(lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    return found
+
+
+class Graphs:
+    """The backward pass of `train_step` by replaying. Batches that `pad` has not padded run as ever.
+
+    recorder  makes a pass repeatable
+    most      tokens of the largest pass that is recorded; None: of any
+    strict    whether it is an error if passes cannot be recorded
+
+    raises  UserError, at the first pass, if it cannot be recorded and must
+    """
+
+    def __init__(
+        self, recorder: Recorder, *, pad_id: int, most: int | None = MOST, strict: bool = False
+    ) -> None:
+        self.recorder, self.pad_id, self.most, self.strict = recorder, pad_id, most, strict
+        self.kept: OrderedDict[Shape, Graph] = OrderedDict()
+        self.gradients: dict[nn.Parameter, Tensor] = {}
+        self.recorded = self.replayed = 0
+        self.stopped: str | None = None  # why nothing is recorded any more
+
+    def pad(self, batch: Batch) -> Batch:
+        """A batch as a graph needs it, or as it is if it is too long for one."""
+        if self.stopped or (self.most is not None and batch.ids.numel() > self.most):
+            return batch
+        return padded(batch, self.pad_id)
+
+    def __call__(
+        self, model: nn.Module, adapters: Adapters, batches: Sequence[Batch], targets: int, step: int
+    ) -> Tensor:
+        """What `step.accumulate` does."""
+        self.put_gradients()
+        loss = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
+        for batch in batches:
+            graph = None if batch.documents.known else self.find(model, adapters, batch, targets, step)
+            if graph is None:
+                loss += accumulate(model, adapters, [batch], targets, step)
+            else:
+                loss += graph(batch, targets)
+        return loss
+
+    def put_gradients(self) -> None:
+        """Let the buffers stand as gradients, zero where a step begins."""
+        fresh = [parameter for parameter in self.gradients if parameter.grad is None]
+        if fresh:
+            torch._foreach_zero_([self.gradients[parameter] for parameter in fresh])
+        for parameter, gradient in self.gradients.items():
+            if parameter.grad is not None and parameter.grad is not gradient:
+                gradient.copy_(parameter.grad)
+            parameter.grad = gradient
+
+    def find(
+        self, model: nn.Module, adapters: Adapters, batch: Batch, targets: int, step: int
+    ) -> Graph | None:
+        """The graph of a batch's shape, recorded if it is new; None if nothing is recorded any more."""
+        shape = shape_of(batch)
+        if shape in self.kept:
+            self.replayed += 1
+            self.kept.move_to_end(shape)
+            return self.kept[shape]
+        if self.stopped:
+            return None
+        if self.recorded >= KEPT and self.replayed < WORTH * self.recorded:
+            self.stopped = (
+                f"{self.recorded} shapes were recorded for {self.replayed} replays: shapes differ too much"
+            )
+            return None
+        device = next(model.parameters()).device
+        mine, divisor = batch.to(device).each(torch.clone), torch.full((), targets, device=device)
+        replay = self.record(adapters, lambda: accumulate(model, adapters, [mine], divisor, step))
+        if replay is None:
+            return None
+        self.recorded += 1
+        self.kept[shape] = Graph(tensors_of(mine), divisor, replay)
+        while len(self.kept) > KEPT:
+            self.kept.popitem(last=False)
+        return self.kept[shape]
+
+    def record(self, adapters: Adapters, run: Run) -> Run | None:
+        """Record a pass; gradients are then what they were before, in buffers. None if it cannot be recorded."""
+        parameters = adapters.parameters(*adapters.active)
+        before = [parameter.grad for parameter in parameters]
+        try:
+            for parameter in parameters:
+                parameter.grad = None
+            self.recorder.warm(run)
+            for parameter, gradient in zip(parameters, before):
+                if parameter.grad is not None and parameter not in self.gradients:
+                    self.gradients[parameter] = torch.zeros_like(parameter.grad)
+                parameter.grad = gradient
+            self.put_gradients()
+            return self.recorder.record(run)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            for parameter, gradient in zip(parameters, before):
+                parameter.grad = gradient
+            self.stopped = f"a pass cannot be recorded: {str(error).splitlines()[0]}"
+            if self.strict:
+                raise refused(self.stopped) from error
+            return None
+
+
+# ---- whether ------------------------------------------------------------------------------------------------
+
+
+def graph_reason(adapters: Adapters, config: RunConfig, model: nn.Module, device: torch.device) -> str | None:
+    """None if a run's passes may be recorded, else why not. What only a pass shows is found at the first one.
+
+    config  with what was `auto` decided
+    """
+    if device.type != "cuda":
+        return f"this run is on {device}, which has no CUDA graphs"
+    if not config.data.packing:
+        return "rows of one example each have too many shapes (data.packing)"
+    if not takes_documents(model):
+        return f"in attention {attention_name(model)} a mask is made for each batch, which waits for the GPU"
+    why = why_whole_logits(model)
+    if why is not None:
+        return f"the loss takes the model's own logits, which waits for the GPU: {why}"
+    if config.train.recompute == "offload":
+        return "train.recompute=offload copies from host memory that others use meanwhile"
+    if any(hooks(module) for module in model.modules() if module is not model):
+        return "hooks on the model's modules would not run again"
+    return adapters_reason(adapters)
+
+
+def adapters_reason(adapters: Adapters) -> str | None:
+    """Why the passes of the adapters in use cannot be recorded, if so."""
+    if len(adapters.active) != 1:
+        return f"{len(adapters.active)} adapters are in use"
+    name = adapters.active[0]
+    method = adapters.adapters[name].method
+    if method.dropout:
+        return "dropout differs from step to step"
+    if method.per_token:
+        return f"{type(method).__name__} chooses among tokens"
+    if type(method).penalty is not Method.penalty:
+        return f"{type(method).__name__} adds a penalty to the loss"
+    if any(parameter._backward_hooks for parameter in adapters.parameters(name)):
+        return "hooks on the adapter's tensors would not run again"
+    return None
+
+
+def hooks(module: nn.Module) -> bool:
+    kinds = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return any(map(bool, kinds))
+
+
+def attention_name(model: Any) -> str:
+    return getattr(getattr(model, "config", None), "_attn_implementation", None) or "of its own"
+
+
+def refused(why: str) -> UserError:
+    return UserError(f"train.graphs=true: {why}", hint="--set train.graphs=false")
+
+
+def make_graphs(
+    wish: bool | str, why: str | None, device: torch.device, *, pad_id: int, tokens: int
+) -> tuple[Graphs | None, str]:
+    """The graphs of a run, and in words why there are some or none.
+
+    wish    train.graphs
+    why     graph_reason's
+    tokens  of a usual pass
+
+    raises  UserError if graphs are asked for and there is a reason against them
+    """
+    if wish is False:
+        return None, "as set"
+    if why is not None:
+        if wish is True:
+            raise refused(why)
+        return None, why
+    if wish == "auto" and tokens > MOST:
+        return None, f"a pass has {tokens:,} tokens, which keep the GPU busy without them"
+    most = None if wish is True else MOST
+    words = (
+        "as set"
+        if wish is True
+        else f"a pass has {tokens:,} tokens, whose launches would take longer than they do"
+    )
+    return Graphs(CudaRecorder(device), pad_id=pad_id, most=most, strict=wish is True), words

@@ -1,0 +1,206 @@
+"""Frozen weights that read the same input, with the low-rank pairs that the adapter in use has on them.
+
+    y = x W^T + s B^T,   s = x A^T          A = e [A_q; A_k; A_v],   B block-diagonal
+
+A and B are put side by side in 16 bits once a step. Where they are thin enough and nothing is dropped, the kernels
+between two products add them; else they are multiplied apart, part by part.
+
+shapes  T tokens; A (R, I), B (O, R); R the sum of the parts' ranks, filled up to a width that kernels take
+source  LoRA, arXiv:2106.09685, equation 3
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .bank import Bank, Compute
+from .frozen import Frozen
+from .kernels.block import FUSED_RANKS, Shown
+from .kernels.products import mm32
+
+
+@dataclass(frozen=True)
+class Part:
+    """One pair: its rows in the merged output, its columns among the ranks, and the scale that A carries there."""
+
+    rows: slice
+    ranks: slice
+    e: float
+
+
+@dataclass(frozen=True)
+class Wide:
+    """The pairs of a group side by side, in the dtype of the computation.
+
+    b     (O, R), block-diagonal, where the ranks are few: kernels can add it
+    each_b  (O_i, r_i) of each part, where they are not
+    bank  whose dropout is applied, with what it computes
+    """
+
+    parts: tuple[Part, ...]
+    a: Tensor
+    b: Tensor | None
+    each_b: tuple[Tensor, ...]
+    bank: Bank | None = None  # whose dropout is applied
+    compute: Compute | None = None
+
+
+class Group:
+    """A merged product of one layer.
+
+    names  of its modules
+    held   the model's banks by module name, as they are at any time
+    """
+
+    def __init__(self, frozen: Frozen, names: Sequence[str], held: Callable[[], Mapping[str, Bank]]) -> None:
+        self.frozen, self.names, self._banks = frozen, list(names), held
+        self._known: tuple[tuple[Compute | None, ...], Wide | None] | None = None
+
+    @property
+    def banks(self) -> list[Bank | None]:
+        banks = self._banks()
+        return [banks.get(name) for name in self.names]
+
+    def pairs(self) -> tuple[list[Compute | None], list[Tensor]]:
+        """What the layer's banks compute now, and the tensors that gradients flow into: A, B of each pair in order."""
+        computes = [None if bank is None else bank.held or bank.build() for bank in self.banks]
+        tensors: list[Tensor] = []
+        for compute in computes:
+            if compute is not None:
+                (segment,) = compute.segments
+                b = segment.B
+                if isinstance(segment.e, Tensor):
+                    b = b * segment.e
+                if segment.out is not None:
+                    b = segment.out[:, None] * b
+                tensors += [segment.A, b]
+        return computes, tensors
+
+    def wide(self, computes: Sequence[Compute | None], tensors: Sequence[Tensor]) -> Wide | None:
+        """The pairs side by side; kept as long as the banks are held."""
+        if not tensors:
+            return None
+        key = tuple(computes)
+        held = all(
+            bank is None or bank.held is not None or compute is None for bank, compute in zip(self.banks, key)
+        )
+        if held and self._known is not None and all(x is y for x, y in zip(self._known[0], key)):
+            return self._known[1]
+        made = self._make(key, tensors)
+        self._known = (key, made) if held else None
+        return made
+
+    def forget(self) -> None:
+        self._known = None
+
+    @torch.no_grad()
+    def _make(self, computes: tuple[Compute | None, ...], tensors: Sequence[Tensor]) -> Wide:
+        frozen = self.frozen
+        parts: list[Part] = []
+        dropped: tuple[Bank, Compute] | None = None
+        start, at = 0, 0
+        for bank, compute, rows in zip(self.banks, computes, frozen.rows):
+            if bank is None or compute is None:
+                continue
+            e = compute.segments[0].e
+            rank = len(tensors[at])
+            parts.append(Part(rows, slice(start, start + rank), e if isinstance(e, float) else 1.0))
+            start, at = start + rank, at + 2
+            if bank.flow.training and any(compute.rates):
+                dropped = bank, compute
+        width = next((w for w in FUSED_RANKS if start <= w), None)
+        fused = width is not None and dropped is None
+        a = torch.zeros(
+            width if fused and width else start, frozen.shape[1], dtype=frozen.dtype, device=frozen.device
+        )
+        b = a.new_zeros(frozen.shape[0], len(a)) if fused else None
+        each: list[Tensor] = []
+        for part, a_RI, b_OR in zip(parts, tensors[::2], tensors[1::2]):
+            torch.mul(a_RI, part.e, out=a[part.ranks])
+            if b is not None:
+                b[part.rows, part.ranks] = b_OR
+            else:
+                each.append(b_OR.to(frozen.dtype))
+        bank, compute = dropped or (None, None)
+        return Wide(tuple(parts), a, b, tuple(each), bank, compute)
+
+
+def dropped(wide: Wide, x: Tensor) -> Tensor:
+    """x with the adapter's dropout; linear in x, so gradients take it too."""
+    return x if wide.bank is None or wide.compute is None else wide.bank.drop(x, wide.compute)
+
+
+def thin(wide: Wide, x: Tensor) -> Tensor:
+    """s = x A^T."""
+    return dropped(wide, x) @ wide.a.T
+
+
+def thin_grad(wide: Wide, dy: Tensor) -> Tensor:
+    """ds = dy B."""
+    if wide.b is not None:
+        return dy @ wide.b
+    ds = dy.new_empty(dy.shape[0], len(wide.a))
+    for part, b_OR in zip(wide.parts, wide.each_b):
+        torch.mm(dy[:, part.rows], b_OR, out=ds[:, part.ranks])
+    return ds
+
+
+def forward(group: Group, wide: Wide | None, x: Shown, *, kernel_adds: bool) -> tuple[Tensor, Tensor | None]:
+    """y = x W^T + s B^T and s; the low-rank part is left to the kernel that reads y, where there is one."""
+    if wide is None:
+        return group.frozen.forward(x), None
+    assert x.dense is not None
+    s = thin(wide, x.dense)
+    if wide.b is not None:
+        return group.frozen.forward(x, None if kernel_adds else (s, wide.b)), s
+    y = group.frozen.forward(x)
+    for part, b_OR in zip(wide.parts, wide.each_b):
+        y[:, part.rows].addmm_(s[:, part.ranks], b_OR.T)
+    return y, s
+
+
+def backward(
+    group: Group, wide: Wide | None, dy: Shown, ds: Tensor | None, *, kernel_adds: bool = False
+) -> Tensor:
+    """dx = dy W + ds A, through the dropout."""
+    if wide is None or ds is None or (kernel_adds and wide.b is not None):
+        return group.frozen.backward(dy)
+    if wide.bank is None:
+        return group.frozen.backward(dy, (ds, wide.a))
+    return group.frozen.backward(dy).add_(dropped(wide, ds @ wide.a))
+
+
+def low(wide: Wide | None, s: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """What a kernel adds to y."""
+    return None if wide is None or wide.b is None or s is None else (s, wide.b)
+
+
+def dlow(wide: Wide | None, ds: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """What a kernel adds to dx."""
+    return None if wide is None or wide.b is None or ds is None else (ds, wide.a)
+
+
+def pair_grads(
+    wide: Wide | None,
+    x: Tensor | None,
+    s: Tensor | None,
+    ds: Tensor | None,
+    dy: Tensor,
+    dtypes: Sequence[torch.dtype],
+) -> list[Tensor]:
+    """dA, dB of each pair in order, summed in float32."""
+    if wide is None:
+        return []
+    assert x is not None and s is not None and ds is not None
+    da = mm32(ds.T, dropped(wide, x))
+    whole = mm32(dy.T, s) if wide.b is not None else None
+    grads: list[Tensor] = []
+    for number, part in enumerate(wide.parts):
+        db = mm32(dy[:, part.rows].T, s[:, part.ranks]) if whole is None else whole[part.rows, part.ranks]
+        own = da[part.ranks]
+        grads += [(own * part.e).to(dtypes[2 * number]), db.to(dtypes[2 * number + 1])]
+    return grads
