@@ -33,8 +33,10 @@ from loraloom.config import RunConfig, resolve
 from loraloom.fit import choose, find_gpu
 from loraloom.kernels.twin import path_of
 from loraloom.memory import Predictor, tier
+from loraloom.model import settle_attention
 from loraloom.optim import make_optimizer, set_rates
 from loraloom.packing import Batch, Example, pack
+from loraloom.products8 import use_fp8
 from loraloom.quant import bits_per_parameter, stored_bytes
 from loraloom.recompute import apply, fuse
 from loraloom.shapes import published
@@ -113,9 +115,11 @@ def measure(
     cuda = device.type == "cuda"
     m = config.model
     began = time.perf_counter()
-    model = random_model(
-        shape, device=device, table=None if m.quantize == "none" else m.quantize, double=m.double_quant
-    )
+    table = None if m.quantize == "none" else m.quantize
+    model = random_model(shape, device=device, table=table, double=m.double_quant)
+    settle_attention(model, m.attention, device, torch.bfloat16)
+    if table is not None:
+        use_fp8(model, m.fp8, device)
     loaded = time.perf_counter() - began
     adapters = Adapters(model)
     adapters.add("default", spec_of(config))

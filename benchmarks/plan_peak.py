@@ -30,6 +30,7 @@ from loraloom.memory import CUBLAS, Predictor, tier
 from loraloom.model import own_attention, settle_attention
 from loraloom.optim import make_optimizer
 from loraloom.packing import Batch
+from loraloom.products8 import use_fp8
 from loraloom.recompute import apply, fuse
 from loraloom.shapes import published
 from loraloom.step import train_step
@@ -69,6 +70,7 @@ class Setting:
 
 
 FULL, NF4 = {"train.recompute": "full"}, {"model.quantize": "nf4"}
+GATE_UP, OFFLOAD = {"train.recompute": "gate_up"}, {"train.recompute": "offload"}
 SETTINGS = [
     # what the constants are set by
     Setting("llama3.2-1b", 4, 2048),
@@ -89,6 +91,9 @@ SETTINGS = [
     Setting("llama3-8b", 4, 2048, {"r": 16, **FULL, **NF4}, frozen=True),
     Setting("llama2-13b", 1, 4096, {"r": 16, **FULL}, frozen=True),
     Setting("llama2-13b", 2, 1024, {"r": 128, **NF4, "train.optimizer": "adamw8bit"}, frozen=True),
+    Setting("llama2-7b", 4, 2048, {"r": 16, **GATE_UP}, frozen=True),
+    Setting("llama2-7b", 4, 2048, {"r": 16, **OFFLOAD, **NF4}, frozen=True),
+    Setting("llama3-8b", 1, 8192, {"r": 16, **OFFLOAD}, packing=False, frozen=True),
 ]
 
 
@@ -98,13 +103,16 @@ def on_gpu(setting: Setting) -> tuple[Any, Adapters, Any]:
     torch.manual_seed(0)
     with device:
         model: Any = transformers.AutoModelForCausalLM.from_config(
-            published(setting.shape), dtype=torch.bfloat16, attn_implementation=own_attention(config.model.attention)
+            published(setting.shape),
+            dtype=torch.bfloat16,
+            attn_implementation=own_attention(config.model.attention),
         )
     model.requires_grad_(False).eval()
     m = config.model
     settle_attention(model, m.attention, device, torch.bfloat16)
     if m.quantize != "none":
         quantize_model(model, m.quantize, block=m.quant_block, double=m.double_quant)
+        use_fp8(model, m.fp8, device)
     adapters = Adapters(model)
     adapters.add("default", spec_of(config))
     fuse(adapters, config.train, gpu=True)

@@ -511,3 +511,41 @@ def test_the_logits_of_all_rows_are_never_there(monkeypatch):
         nll_sum(model, batch).backward()
     assert largest == 64
     assert adapters is not None
+
+
+def test_hooks_do_not_see_the_proof():
+    """Methods that look at data before they start hook the layers: a few tokens more would be wrong."""
+    model, seen = tiny.build("llama"), []
+    model.model.register_forward_hook(lambda *_: seen.append("base"))
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: seen.append("mlp"))
+    model.register_forward_hook(lambda *_: seen.append("whole"))
+    assert isinstance(head_of(model), Head)
+    assert seen == []
+    nll_sum(model, some_batch())
+    assert seen == ["mlp", "base", "whole"]
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu(dtype):
+    """The kernels inside a model, against float64 on the CPU; and the host never waits."""
+    model = tiny.build("llama").to(dtype)
+    batch, parameters = some_batch(), [model.lm_head.weight, model.model.norm.weight]
+    expected = gradients(full(model.double(), batch), parameters)
+    model, here = model.to("cuda", dtype), batch.to("cuda")
+    for frozen in (False, True):
+        model.lm_head.weight.requires_grad_(not frozen)
+        found = head_of(model)
+        assert isinstance(found, Head)
+        hidden = hidden_states(model, found, here)
+        found.nll_sum(hidden, here)  # compiled
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            loss = found.nll_sum(hidden, here)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        wanted = parameters[1:] if frozen else parameters
+        for one, other in zip(gradients(loss, wanted), expected[-len(wanted) :]):
+            near_eps = 30 * torch.finfo(dtype).eps
+            distance = (one.cpu().double() - other.cpu().double()).norm() / other.norm().cpu()
+            assert distance < near_eps

@@ -192,6 +192,25 @@ def test_a_plan_on_the_screen(capsys):
         assert words in text
 
 
+def test_a_plan_shows_every_recomputation_and_takes_the_least_that_fits(capsys):
+    arguments = ["--shape", "llama3.2-1b", "--tokens", "8192", "--length", "2048", "--json"]
+    assert cli.run(["plan", *arguments, "--gpu", "80GB"]) == 0
+    roomy = json.loads(capsys.readouterr().out)
+    rows = {row["recompute"]: row for row in roomy["tiers"]}
+    assert list(rows) == ["none", "gate_up", "full", "offload"]
+    assert roomy["recompute"] == "none"
+    assert roomy["peak"] == rows["none"]["peak"]
+    needed = {name: row["needed"] for name, row in rows.items() if row["needed"]}
+    assert list(needed.values()) == sorted(needed.values(), reverse=True)
+    room = (needed["full"] + needed.get("gate_up", needed["none"])) / 2 / 2**30 / 0.98
+    assert cli.run(["plan", *arguments, "--gpu", f"{room:.2f}GB"]) == 0
+    tight = json.loads(capsys.readouterr().out)
+    assert tight["recompute"] == "full"
+    assert "would need" in tight["reason"]
+    assert [row["fits"] for row in tight["tiers"]][-2:] == [True, True]
+    assert tight["tiers"][0]["fits"] is False
+
+
 def test_a_plan_says_what_the_run_then_does(model_folder, data_file, tmp_path, quick):
     chosen = settings(model_folder, data_file, tmp_path / "run", train__save_every=5)
     found = plan(resolve(None, chosen)[0], offline=True)
@@ -236,8 +255,10 @@ def test_the_two_changes_that_save_most_are_named(monkeypatch):
 
 
 def test_what_is_done_already_is_not_advised():
-    chosen = config(r=8, **{"train.recompute": "full", "model.quantize": "nf4"})
+    chosen = config(r=8, **{"train.recompute": "offload", "model.quantize": "nf4"})
     assert list(candidates(chosen, 256)) == [{"train.optimizer": "adamw8bit"}]
+    for tier, other in (("auto", "full"), ("none", "full"), ("gate_up", "full"), ("full", "offload")):
+        assert {"train.recompute": other} in list(candidates(config(**{"train.recompute": tier}), 256))
     assert {"r": 32} in list(candidates(config(r=64), 8192))
 
 

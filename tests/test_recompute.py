@@ -106,8 +106,12 @@ def test_methods_that_are_no_pairs_too(method: str) -> None:
 # ---- the shelf ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", [("in", "main", "out"), ("out", "in", "main"), ("main", "out", "in"), *range(40)])
-def test_the_shelf_holds_in_any_order_that_its_lanes_allow(order: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "order", [("in", "main", "out"), ("out", "in", "main"), ("main", "out", "in"), *range(40)]
+)
+def test_the_shelf_holds_in_any_order_that_its_lanes_allow(
+    order: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Memory that is let go is overwritten by the next work, and handed out again."""
     lanes, size, layers = AnyOrder(order), 37, 5
     blocks, empty = [torch.zeros(size) for _ in range(3)], torch.empty
@@ -116,16 +120,18 @@ def test_the_shelf_holds_in_any_order_that_its_lanes_allow(order: Any, monkeypat
     monkeypatch.setattr(torch, "empty", lambda n, **kw: empty(n, **kw) if kw == host else next(given))
     shelf, seen, wanted = Shelf(lanes, piece=64), [], []
     for step in range(3):
-        tickets = []
+        tickets: list[Any] = []
+        before: list[torch.Tensor] = []
         for layer in range(layers):
             h = torch.full((size,), torch.nan)
             lanes.call(lambda h=h, value=10.0 * step + layer: h.copy_(torch.arange(size) + value))
             tickets.append(shelf.put(h))
             held = None if shelf.leaving is None else shelf.leaving[1]
-            assert held is not None and held.data_ptr() == h.data_ptr()
-            if layer:
-                lanes.call(lambda h=before: h.fill_(-1.0))
-            before = h
+            assert held is not None
+            assert held.data_ptr() == h.data_ptr()
+            for gone in before:
+                lanes.call(lambda h=gone: h.fill_(-1.0))
+            before = [h]
         while tickets:
             ticket = tickets.pop()
             x = shelf.get(ticket)
@@ -203,7 +209,9 @@ def test_two_forward_passes_before_their_backward_passes() -> None:
     assert all(map(torch.equal, *found))
 
 
-def test_host_memory_that_cannot_be_pinned_is_pageable_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_host_memory_that_cannot_be_pinned_is_pageable_and_that_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     empty = torch.empty
 
     def refuse(*args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
@@ -213,7 +221,9 @@ def test_host_memory_that_cannot_be_pinned_is_pageable_and_that_is_said(monkeypa
 
     monkeypatch.setattr(torch, "empty", refuse)
     shelf = Shelf(CudaLanes.__new__(CudaLanes), piece=64)
-    with pytest.warns(UserWarning, match=r"no more pinned memory \(out of pinned memory\); the rest is pageable"):
+    with pytest.warns(
+        UserWarning, match=r"no more pinned memory \(out of pinned memory\); the rest is pageable"
+    ):
         shelf.take(130)
     assert shelf.made == 3
 
@@ -272,7 +282,9 @@ def test_generation_and_caches_pass_through() -> None:
     ids = torch.arange(5, device=DEVICE)[None]
     want = adapters.model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=256)
     apply(adapters.model, adapters, "offload")
-    assert torch.equal(adapters.model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=256), want)
+    assert torch.equal(
+        adapters.model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=256), want
+    )
     cache = adapters.model(input_ids=ids, use_cache=True).past_key_values
     assert cache.get_seq_length() == 5
 

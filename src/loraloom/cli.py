@@ -114,10 +114,7 @@ def doctor(model: str | None, online: bool, as_json: bool) -> Any:
     """Say what this machine can do, and what to install for the rest; of a MODEL, how it would run on a GPU."""
     from . import doctor as examination
 
-    if model is None:
-        checks = examination.examine(online=online)
-    else:
-        checks = examination.examine_model(model, online=online)
+    checks = examination.examine(model, online=online)
     if as_json:
         return [asdict(check) for check in checks]
     return examination.render(checks, console.out)

@@ -235,7 +235,7 @@ def show_plan(plan: dict[str, Any]) -> None:
     lines += [("on the GPU", plan["needed"], "with the driver's context and room for fragments")]
     show_facts(facts)
     show_sizes("memory", lines)
-    show_sizes("on the GPU, by what is computed again (train.recompute)", [tier_of(one) for one in plan["tiers"]])
+    show_sizes("on the GPU, by train.recompute", [tier_of(one) for one in plan["tiers"]])
     show_facts(
         [("fits", fits(plan))] if plan["gpu"] else [("fits", "no GPU here; name one's memory: --gpu 80GB")]
     )

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .group import Group, Wide, backward, dlow, forward, low, pair_grads, thin_grad
+from .group import Group, Wide, back, dlow, low, pair_grads, thin_grad, times
 from .kernels.block import (
     Act,
     Normed,
@@ -86,7 +86,7 @@ class Before(torch.autograd.Function):
         ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, parts: Parts, wide: Wide | None, *pairs: Tensor
     ) -> tuple[Tensor, ...]:
         made = normed(x, parts.norms[0], parts.eps[0], parts.qkv, wide)
-        qkv, s = forward(parts.qkv, wide, made.n, kernel_adds=True)
+        qkv, s = times(parts.qkv, wide, made.n, kernel_adds=True)
         rope(qkv, cos, sin, parts.heads, low=low(wide, s))
         ctx.save_for_backward(x, cos, sin, made.rstd, s)
         ctx.parts, ctx.wide, ctx.dtypes = parts, wide, dtypes_of(pairs)
@@ -104,7 +104,7 @@ class Before(torch.autograd.Function):
         dqkv = rope_grad(dq, dk, dv, cos, sin)
         ds = None if wide is None else thin_grad(wide, dqkv)
         if ctx.needs_input_grad[0]:
-            n = backward(parts.qkv, wide, shown(dqkv, parts.qkv.frozen.fp8), ds)
+            n = back(parts.qkv, wide, shown(dqkv, parts.qkv.frozen.fp8), ds)
             dx = norm_grad(n, x, rstd, weight, dres=dres, keep_n=wide is not None).dense
             return dx, None, None, None, None, *pair_grads(wide, n, s, ds, dqkv, ctx.dtypes)
         # Nothing below trains: no gradient of x, and n is made for dA alone.
@@ -120,19 +120,21 @@ class After(torch.autograd.Function):
         ctx: Any, attn: Tensor, x: Tensor, parts: Parts, wides: Sequence[Wide | None], *pairs: Tensor
     ) -> Tensor:
         o, gate_up, down = wides
-        y, s_o = forward(parts.o, o, shown(attn, parts.o.frozen.fp8), kernel_adds=False)
+        fp8 = parts.o.frozen.fp8  # in 8 bits a product cannot add as it writes: the norm's kernel adds
+        y, s_o = times(parts.o, o, shown(attn, fp8), onto=None if fp8 else x)
+        x, y = (x, y) if fp8 else (y, None)
         made = normed(x, parts.norms[1], parts.eps[1], parts.gate_up, gate_up, y)
         x, rstd = made.x, made.rstd
         del y
-        gu, s_gu = forward(parts.gate_up, gate_up, made.n, kernel_adds=True)
+        gu, s_gu = times(parts.gate_up, gate_up, made.n, kernel_adds=True)
         del made
         h = swiglu(gu, parts.act, low=low(gate_up, s_gu))
-        y, s_d = forward(parts.down, down, shown(h, parts.down.frozen.fp8), kernel_adds=False)
+        out, s_d = times(parts.down, down, shown(h, parts.down.frozen.fp8), onto=x)
         del h
         kept = None if parts.recompute == "gate_up" else gu
         ctx.save_for_backward(attn, x, rstd, kept, s_o, s_gu, s_d)
         ctx.parts, ctx.wides, ctx.dtypes = parts, wides, dtypes_of(pairs)
-        return y.add_(x)
+        return out
 
     @staticmethod
     @once_differentiable
@@ -144,17 +146,17 @@ class After(torch.autograd.Function):
         dout = dout.contiguous()
         if gu is None:
             again = normed(x, parts.norms[1], parts.eps[1], parts.gate_up, gate_up)
-            gu, _ = forward(parts.gate_up, gate_up, again.n, kernel_adds=True)
+            gu, _ = times(parts.gate_up, gate_up, again.n, kernel_adds=True)
             del again
 
         ds = None if down is None else thin_grad(down, dout)
-        dh = backward(parts.down, down, shown(dout, parts.down.frozen.fp8), ds, kernel_adds=True)
+        dh = back(parts.down, down, shown(dout, parts.down.frozen.fp8), ds, kernel_adds=True)
         swiglu_grad(gu, parts.act, dh, low=low(gate_up, s_gu), dlow=dlow(down, ds), keep_h=down is not None)
         grads_down = pair_grads(down, dh, s_d, ds, dout, of_down)
         del dh
 
         ds = None if gate_up is None else thin_grad(gate_up, gu)
-        n = backward(parts.gate_up, gate_up, shown(gu, parts.gate_up.frozen.fp8), ds)
+        n = back(parts.gate_up, gate_up, shown(gu, parts.gate_up.frozen.fp8), ds)
         fp8 = parts.o.frozen.fp8
         dx = norm_grad(n, x, rstd, parts.norms[1], dres=dout, quantize=fp8, keep_n=gate_up is not None)
         grads_gate = pair_grads(gate_up, n, s_gu, ds, gu, of_gate)
@@ -162,7 +164,7 @@ class After(torch.autograd.Function):
 
         assert dx.dense is not None
         ds = None if o is None else thin_grad(o, dx.dense)
-        dattn = backward(parts.o, o, dx, ds) if ctx.needs_input_grad[0] else None
+        dattn = back(parts.o, o, dx, ds) if ctx.needs_input_grad[0] else None
         grads_o = pair_grads(o, attn, s_o, ds, dx.dense, of_o)
         return dattn, dx.dense, None, None, *grads_o, *grads_gate, *grads_down
 

@@ -44,8 +44,15 @@ class Check:
         return asdict(self)
 
 
-def examine(*, online: bool = False) -> list[Check]:
-    """Look at everything. `online` asks the hub who we are: the only request."""
+def examine(model: str | None = None, *, online: bool = False) -> list[Check]:
+    """Look at everything. `online` asks the hub who we are: the only request.
+
+    model  say instead how this model would run on a GPU
+
+    raises  UserError if there is no such model
+    """
+    if model is not None:
+        return examine_model(model, online=online)
     groups: list[Callable[[], Iterator[Check]]] = [software, extras, processor, gpus, disks, hub, self_test]
     if online:
         groups.append(connection)
@@ -179,11 +186,15 @@ def abilities(gpu: bool) -> Iterator[Check]:
     path, why = path_of(device)
     yield Check("kernels", path, False if gpu and path == "torch" else None, why)
     if not gpu:
-        yield Check("attention", "sdpa", None, "attention by documents, 8-bit products and graphs are for GPUs")
+        yield Check(
+            "attention", "sdpa", None, "attention by documents, 8-bit products and graphs are for GPUs"
+        )
         return
     capability = torch.cuda.get_device_capability(device)
     found = ["FlashAttention"] if capability[0] >= 8 else []
-    found += ["cuDNN for long documents"] if capability[0] >= 9 and torch.backends.cudnn.is_available() else []
+    found += (
+        ["cuDNN for long documents"] if capability[0] >= 9 and torch.backends.cudnn.is_available() else []
+    )
     note = "of torch" if found else "FlashAttention wants a GPU of 2020 or later: transformers' sdpa is used"
     yield Check("attention", ", ".join(found) or "sdpa", None, note)
     reason = fp8_reason(device)
@@ -222,11 +233,21 @@ def examine_model(name: str, *, online: bool = False) -> list[Check]:
     eight = use_fp8(quantize_model(meta_model(shape, dtype=torch.bfloat16), "nf4"), True, meta)
     fused = lines[0].removeprefix("fused layers: ")
     return [
-        Check("model", f"{shape.model_type}, {num_layers(shape)} layers", None, f"{folder}: on a GPU it would run so"),
+        Check(
+            "model",
+            f"{shape.model_type}, {num_layers(shape)} layers",
+            None,
+            f"{folder}: on a GPU it would run so",
+        ),
         Check("attention", attention, None, why),
         Check("fused layers", fused, None, "; ".join(lines[1:])),
         Check("loss", "in chunks" if whole is None else "from whole logits", None, whole or ""),
-        Check("8-bit products", "some" if eight else "every linear layer", None, "; ".join(eight) or "once quantised"),
+        Check(
+            "8-bit products",
+            "some" if eight else "every linear layer",
+            None,
+            "; ".join(eight) or "once quantised",
+        ),
     ]
 
 

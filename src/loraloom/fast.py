@@ -64,7 +64,7 @@ class FastLayer:
             angles is not None
             and kwargs.get("past_key_values") is None
             and x.dtype == self.parts.qkv.frozen.dtype
-            and not torch.is_autocast_enabled(x.device.type)
+            and not (x.device.type != "meta" and torch.is_autocast_enabled(x.device.type))
             and not self.adapters.merged
             and self.against_adapters() is None
         )

@@ -119,7 +119,8 @@ def choose(predictor: Predictor, work: Workload, gpu: Gpu, *, fit: bool = False)
     """
     wish = predictor.config.train
     tokens = wish.micro_tokens if isinstance(wish.micro_tokens, int) else GPU_TOKENS
-    name, reason = wish.recompute, "as set"
+    name: str = wish.recompute
+    reason = "as set"
     if wish.recompute == "auto":
         name, reason = least_recompute(predictor, work, tokens, gpu)
     if fit or wish.micro_tokens == "fit":

@@ -117,21 +117,25 @@ class Frozen:
             weight.codes.eight(turned, w8[:, own] if turned else w8[own])
         return w8, scale
 
-    def forward(self, x: Shown, low: Pair | None = None) -> Tensor:
-        """x W^T + bias, and z b^T of low = (z, b) added, (T, O)."""
+    def times(self, x: Shown, low: Pair | None = None, onto: Tensor | None = None) -> Tensor:
+        """x W^T + bias, and what is added to it, (T, O): z b^T of low = (z, b), and a tensor."""
         bias = self.bias()
         if not self.fp8:
             assert x.dense is not None
-            if low is None:
+            if low is None and onto is None:
                 return F.linear(x.dense, self.dense(), bias)
-            y = low[0] @ low[1].T if bias is None else torch.addmm(bias, low[0], low[1].T)
+            start = bias if onto is None else onto if bias is None else onto + bias
+            if low is None:
+                return torch.addmm(start, x.dense, self.dense().T)
+            y = low[0] @ low[1].T if start is None else torch.addmm(start, low[0], low[1].T)
             return y.addmm_(x.dense, self.dense().T)  # the wide product last: it adds as it writes
         assert x.codes is not None
         y = matmul8(x.codes, *self.codes(turned=False), self.dtype)
-        y = y if bias is None else y.add_(bias)
+        for more in (bias, onto):
+            y = y if more is None else y.add_(more)
         return y if low is None else y.addmm_(low[0], low[1].T)
 
-    def backward(self, dy: Shown, low: Pair | None = None) -> Tensor:
+    def back(self, dy: Shown, low: Pair | None = None) -> Tensor:
         """dy W, and z a of low = (z, a) added, (T, I)."""
         if not self.fp8:
             assert dy.dense is not None

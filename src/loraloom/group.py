@@ -149,29 +149,34 @@ def thin_grad(wide: Wide, dy: Tensor) -> Tensor:
     return ds
 
 
-def forward(group: Group, wide: Wide | None, x: Shown, *, kernel_adds: bool) -> tuple[Tensor, Tensor | None]:
-    """y = x W^T + s B^T and s; the low-rank part is left to the kernel that reads y, where there is one."""
+def times(
+    group: Group, wide: Wide | None, x: Shown, *, kernel_adds: bool = False, onto: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """y = x W^T + s B^T and s; the low-rank part is left to the kernel that reads y, where there is one.
+
+    onto  added to y
+    """
     if wide is None:
-        return group.frozen.forward(x), None
+        return group.frozen.times(x, onto=onto), None
     assert x.dense is not None
     s = thin(wide, x.dense)
     if wide.b is not None:
-        return group.frozen.forward(x, None if kernel_adds else (s, wide.b)), s
-    y = group.frozen.forward(x)
+        return group.frozen.times(x, None if kernel_adds else (s, wide.b), onto), s
+    y = group.frozen.times(x, onto=onto)
     for part, b_OR in zip(wide.parts, wide.each_b):
         y[:, part.rows].addmm_(s[:, part.ranks], b_OR.T)
     return y, s
 
 
-def backward(
+def back(
     group: Group, wide: Wide | None, dy: Shown, ds: Tensor | None, *, kernel_adds: bool = False
 ) -> Tensor:
     """dx = dy W + ds A, through the dropout."""
     if wide is None or ds is None or (kernel_adds and wide.b is not None):
-        return group.frozen.backward(dy)
+        return group.frozen.back(dy)
     if wide.bank is None:
-        return group.frozen.backward(dy, (ds, wide.a))
-    return group.frozen.backward(dy).add_(dropped(wide, ds @ wide.a))
+        return group.frozen.back(dy, (ds, wide.a))
+    return group.frozen.back(dy).add_(dropped(wide, ds @ wide.a))
 
 
 def low(wide: Wide | None, s: Tensor | None) -> tuple[Tensor, Tensor] | None:

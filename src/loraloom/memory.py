@@ -179,7 +179,9 @@ class Predictor:
         batches = batches[:2]
         key = whole, *((made.ids.shape, made.targets, made.documents.lengths) for made in batches)
         if key not in self._known:
-            phases = self.line(batches) if self.straight and not whole else self.trace(self.num_layers, batches)
+            phases = (
+                self.line(batches) if self.straight and not whole else self.trace(self.num_layers, batches)
+            )
             self._known[key] = highest(phases)
         return self._known[key]
 

@@ -12,18 +12,25 @@ from torch import Tensor
 
 from .block_tiles_triton import in_tile, low_args, out_tile, thin_tile
 
-TILE: dict[str, Any] = {"BM": 64, "BN": 64, "num_warps": 4}  # a schedule, no part of the result
+TILE: dict[str, Any] = {
+    "BM": 64,
+    "BN": 64,
+    "num_warps": 4,
+}  # schedules, no part of the result: the best of ten
+GRAD: dict[str, Any] = {"BM": 32, "BN": 128, "num_warps": 4}  # each at 7B shapes on an H100
 
 
-def tiles(tokens: int, width: int) -> tuple[int, int]:
-    return triton.cdiv(width, TILE["BN"]), triton.cdiv(tokens, TILE["BM"])
+def tiles(tokens: int, width: int, tile: dict[str, Any]) -> tuple[int, int]:
+    return triton.cdiv(width, tile["BN"]), triton.cdiv(tokens, tile["BM"])
 
 
 def swiglu(gu: Tensor, act: str, low: tuple[Tensor, Tensor] | None, h: Tensor) -> None:
     z, b, rank = low_args(low, gu)
     width = gu.shape[1] // 2
     with torch.cuda.device_of(gu):
-        _swiglu[tiles(len(gu), width)](gu, z, b, h, len(gu), F=width, R=rank, SILU=act == "silu", **TILE)
+        _swiglu[tiles(len(gu), width, TILE)](
+            gu, z, b, h, len(gu), F=width, R=rank, SILU=act == "silu", **TILE
+        )
 
 
 def swiglu_grad(
@@ -38,14 +45,14 @@ def swiglu_grad(
     dz, a, drank = low_args(dlow, gu)
     width = gu.shape[1] // 2
     with torch.cuda.device_of(gu):
-        _swiglu_grad[tiles(len(gu), width)](
+        _swiglu_grad[tiles(len(gu), width, GRAD)](
             *(gu, dh, z, b, dz, a, len(gu)),
             F=width,
             R=rank,
             RD=drank,
             SILU=act == "silu",
             KEEP=keep_h,
-            **TILE,
+            **GRAD,
         )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .block_tiles_triton import low_args, out_tile, thin_tile
 
-TURN: dict[str, Any] = {"BM": 64, "num_warps": 4}
+TURN: dict[str, Any] = {"BM": 128, "num_warps": 4}
 
 
 def rope(

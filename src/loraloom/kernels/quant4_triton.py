@@ -1,13 +1,15 @@
 # mypy: allow-untyped-defs
 """The kernels of `quant4`: each bit-equal to its definition there, which also has the equations.
 
-A program takes a tile of R rows and C columns; a flat weight is one row. Where a row's length is a multiple of 8
-and the bytes are aligned, one element of a tile is a word of 8 weights with one scale, and words are read and
-written side by side; otherwise a byte is read for each weight. The 16 values are looked up in memory: 64 bytes
-that stay in the first cache. Not measured yet: a chain of selects or `tl.gather` instead, values in pairs.
+A program takes a tile of R rows and C columns; a flat weight is cut into rows of one tile. Where a row's length is
+a multiple of 8 and the bytes are aligned, one element of a tile is a word of 8 weights with one scale, and words are
+read and written side by side; otherwise a byte is read for each weight. These kernels are bound by instructions as
+soon as a weight takes about 15: so the 16 values lie in shared memory, one in each bank (`tl.gather`), numbers of
+elements are 32-bit within a tile, and the scale of a channel joins that of the block, once a word. It is a power of
+two, so the result is the same wherever weights are normal numbers.
 
 shapes  as in quant4; a matrix (O, I), tiles (R, C)
-units   element numbers are int64: a weight may have more than 2^31 elements
+units   where a tile begins is int64: a weight may have more than 2^31 elements
 """
 
 from __future__ import annotations
@@ -58,15 +60,15 @@ def dequantize4(
 ) -> None:
     """Write w: flat, or a matrix whose rows lie apart, or over the scale of each row."""
     flat = channel is None and w.is_contiguous()
-    rows, cols, stride = (1, w.numel(), w.numel()) if flat else (*w.shape, w.stride(0))
+    cols = w.numel() if flat else w.shape[1]
     source, form = _source(packed_H, scales, values, cols, block)
-    wide = min(FLAT if rows == 1 else LINE, triton.next_power_of_2(max(cols, 8)))
-    across = triton.cdiv(cols, wide)
-    grid = (triton.cdiv(rows, FLAT // wide) * across,)
+    wide = FLAT if flat else min(LINE, triton.next_power_of_2(max(cols, 8)))
+    rows, cols, stride = (triton.cdiv(cols, wide), wide, wide) if flat else (*w.shape, w.stride(0))
+    grid = (triton.cdiv(rows, FLAT // wide), triton.cdiv(cols, wide))
     held = values if channel is None else channel.contiguous()
-    form.update(R=FLAT // wide, C=wide, SCALED=channel is not None, num_warps=WARPS)
+    form.update(R=FLAT // wide, C=wide, LINEAR=flat, SCALED=channel is not None, num_warps=WARPS)
     with torch.cuda.device_of(w):
-        _dequantize4[grid](*source, held, w, rows, cols, stride, across, **form)
+        _dequantize4[grid](*source, held, w, rows, cols, w.numel(), stride, **form)
 
 
 def channel_amax(
@@ -103,10 +105,10 @@ def dequantize4_fp8(
 def _source(
     packed_H: Tensor, scales: Tensor | Scales8, values: Tensor, cols: int, block: int
 ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-    """What `_tile` reads, and the constants that tell it how. Without double quantisation three go unread."""
+    """What `_weights` reads, and the constants that tell it how. Without double quantisation three go unread."""
     words = cols % 8 == 0 and packed_H.storage_offset() % 4 == 0 and packed_H.data_ptr() % 4 == 0
     packed = packed_H.contiguous().view(torch.int32) if words else packed_H.contiguous()
-    form = {"BLOCK": block, "WORDS": words, "NESTED": isinstance(scales, Scales8), **EXACT}
+    form = {"LOG": block.bit_length() - 1, "WORDS": words, "NESTED": isinstance(scales, Scales8), **EXACT}
     if isinstance(scales, Tensor):
         return (packed, values, scales.contiguous(), values, values, values), form
     map_256 = dynamic_map(True, packed_H.device)
@@ -167,14 +169,11 @@ def _reciprocal(x_ptr, y_ptr, n, TILE: tl.constexpr):
 
 
 @triton.jit
-def _scale(group_ptr, absmax_ptr, map_ptr, offset_ptr, group, inside, NESTED: tl.constexpr):
-    """The float32 scale of each block."""
-    if NESTED:
-        code = tl.load(group_ptr + group, mask=inside, other=0).to(tl.int32)
-        absmax = tl.load(absmax_ptr + group // INNER, mask=inside, other=0.0)
-        return tl.load(map_ptr + code) * absmax + tl.load(offset_ptr)
-    else:
-        return tl.load(group_ptr + group, mask=inside, other=0.0)
+def _places(R: tl.constexpr, C: tl.constexpr, WORDS: tl.constexpr):
+    """Rows and columns in a tile, in one line, so that neighbouring lanes read neighbouring bytes."""
+    STEP: tl.constexpr = 8 if WORDS else 1  # weights an element
+    at = tl.arange(0, R * C // STEP)
+    return at // (C // STEP), at % (C // STEP) * STEP
 
 
 @triton.jit
@@ -185,36 +184,42 @@ def _weights(
     absmax_ptr,
     map_ptr,
     offset_ptr,
-    first_row,
-    first_col,
-    num_rows,
-    num_cols,
-    R: tl.constexpr,
-    C: tl.constexpr,
-    BLOCK: tl.constexpr,
+    first,
+    off,
+    inside,
+    factor,
+    SIZE: tl.constexpr,
+    LOG: tl.constexpr,
     WORDS: tl.constexpr,
     NESTED: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
-    """Float32 weights of a tile (R, C) in one line, so that neighbouring lanes read neighbouring bytes.
+    """Float32 weights at `off` (L,) behind the number `first`, times `factor` (L,): (L, 8) of words, else (L, 1).
 
-    (L, 8) with L words, or (L, 1); and of each line its row, column, and whether it is in the matrix. Outside it
-    any number.
+    Where `inside` is false, any number. LOG is of the block.
     """
-    STEP: tl.constexpr = 8 if WORDS else 1  # weights an element
-    at = tl.arange(0, R * C // STEP)
-    row = first_row + at // (C // STEP)
-    col = first_col + at % (C // STEP) * STEP
-    inside = (row < num_rows) & (col < num_cols)
-    n = row * num_cols + col
-    scale = _scale(group_ptr, absmax_ptr, map_ptr, offset_ptr, n // BLOCK, inside, NESTED)
+    group = ((first & ((1 << LOG) - 1)).to(tl.int32) + off) >> LOG
+    first_group = first >> LOG
+    if NESTED:
+        code = tl.load(group_ptr + first_group + group, mask=inside, other=0).to(tl.int32)
+        outer = ((first_group & (INNER - 1)).to(tl.int32) + group) // INNER
+        absmax = tl.load(absmax_ptr + first_group // INNER + outer, mask=inside, other=0.0)
+        scale = tl.load(map_ptr + code) * absmax + tl.load(offset_ptr)
+    else:
+        scale = tl.load(group_ptr + first_group + group, mask=inside, other=0.0)
+    if SCALED:
+        scale *= factor
     if WORDS:
-        word = tl.load(packed_ptr + n // 8, mask=inside, other=0)
+        word = tl.load(packed_ptr + (first >> 3) + (off >> 3), mask=inside, other=0)
         shift = (tl.arange(0, 8) ^ 1) * 4  # of two codes the first is in the high half
         code = (word[:, None] >> shift[None, :]) & 15
     else:
-        byte = tl.load(packed_ptr + n // 2, mask=inside, other=0).to(tl.int32)
-        code = ((byte >> ((n % 2) ^ 1).to(tl.int32) * 4) & 15)[:, None]
-    return tl.load(values_ptr + code) * scale[:, None], row, col, inside
+        n = (first & 1).to(tl.int32) + off
+        byte = tl.load(packed_ptr + (first >> 1) + (n >> 1), mask=inside, other=0).to(tl.int32)
+        code = ((byte >> ((n & 1) ^ 1) * 4) & 15)[:, None]
+    values = tl.load(values_ptr + tl.arange(0, 16))
+    w = tl.reshape(tl.gather(values, tl.reshape(code, (SIZE,)), 0), code.shape)
+    return w * scale[:, None]
 
 
 @triton.jit
@@ -229,28 +234,41 @@ def _dequantize4(
     out_ptr,
     num_rows,
     num_cols,
+    num_weights,
     stride,
-    across,
     R: tl.constexpr,
     C: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LOG: tl.constexpr,
     WORDS: tl.constexpr,
     NESTED: tl.constexpr,
     SCALED: tl.constexpr,
+    LINEAR: tl.constexpr,  # rows are pieces of a flat weight, the last of them short
 ):
-    """Words are written as they are read, eight weights a lane: turning them into rows first costs as much again."""
-    first_row = (tl.program_id(0) // across).to(tl.int64) * R
-    first_col = (tl.program_id(0) % across).to(tl.int64) * C
-    # fmt: off
-    w, row, col, inside = _weights(packed_ptr, values_ptr, group_ptr, absmax_ptr, map_ptr, offset_ptr,
-                                   first_row, first_col, num_rows, num_cols, R, C, BLOCK, WORDS, NESTED)
-    # fmt: on
+    """Words are written as they are read, eight weights a lane, and never turned into rows first."""
+    first_row = tl.program_id(0).to(tl.int64) * R
+    first_col = tl.program_id(1) * C
+    first = first_row * num_cols + first_col
+    row, col = _places(R, C, WORDS)
+    if LINEAR:
+        inside = col < tl.minimum(num_weights - first, C).to(tl.int32)
+    else:
+        inside = (first_row + row < num_rows) & (first_col + col < num_cols)
+    factor = 1.0
     if SCALED:
-        inverse = tl.div_rn(1.0, tl.load(scale_ptr + row, mask=inside, other=1.0))
-        w *= inverse[:, None]  # the conversion to fp8 cuts off by itself
-    STEP: tl.constexpr = 8 if WORDS else 1
-    at = (row * stride + col)[:, None] + tl.arange(0, STEP)[None, :]
-    tl.store(out_ptr + at, w.to(out_ptr.dtype.element_ty), mask=inside[:, None])
+        factor = _inverse_power(tl.load(scale_ptr + first_row + row, mask=inside, other=1.0))
+    # fmt: off
+    w = _weights(packed_ptr, values_ptr, group_ptr, absmax_ptr, map_ptr, offset_ptr,
+                 first, row * num_cols + col, inside, factor, R * C, LOG, WORDS, NESTED, SCALED)
+    # fmt: on
+    at = (row * stride + col)[:, None] + tl.arange(0, w.shape[1])[None, :]
+    out = out_ptr + first_row * stride + first_col
+    tl.store(out + at, w.to(out_ptr.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit
+def _inverse_power(scale):
+    """1 / scale of powers of two: the exponent's distance from 127 the other way."""
+    return (0x7F000000 - scale.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -267,16 +285,19 @@ def _channel_amax(
     DIM: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LOG: tl.constexpr,
     WORDS: tl.constexpr,
     NESTED: tl.constexpr,
 ):
     """One row of parts for each tile across the channels; a maximum does not depend on the order."""
     first_row = tl.program_id(0).to(tl.int64) * R
     first_col = tl.program_id(1).to(tl.int64) * C
+    row, col = _places(R, C, WORDS)
+    inside = (first_row + row < num_rows) & (first_col + col < num_cols)
     # fmt: off
-    w, _, _, _ = _weights(packed_ptr, values_ptr, group_ptr, absmax_ptr, map_ptr, offset_ptr,
-                          first_row, first_col, num_rows, num_cols, R, C, BLOCK, WORDS, NESTED)
+    w = _weights(packed_ptr, values_ptr, group_ptr, absmax_ptr, map_ptr, offset_ptr,
+                 first_row * num_cols + first_col, row * num_cols + col, inside, 1.0,
+                 R * C, LOG, WORDS, NESTED, False)
     # fmt: on
     row, col = first_row + tl.arange(0, R), first_col + tl.arange(0, C)
     w = tl.reshape(w, (R, C))
@@ -302,23 +323,27 @@ def _turn4_fp8(
     stride,
     R: tl.constexpr,
     C: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LOG: tl.constexpr,
     WORDS: tl.constexpr,
     NESTED: tl.constexpr,
 ):
     """The transpose: turned in one byte a weight, so that whole rows of the result are written."""
     first_row = tl.program_id(0).to(tl.int64) * R
-    first_col = tl.program_id(1).to(tl.int64) * C
+    first_col = tl.program_id(1) * C
+    row, col = _places(R, C, WORDS)
+    inside = (first_row + row < num_rows) & (first_col + col < num_cols)
     # fmt: off
-    w, _, _, _ = _weights(packed_ptr, values_ptr, group_ptr, absmax_ptr, map_ptr, offset_ptr,
-                          first_row, first_col, num_rows, num_cols, R, C, BLOCK, WORDS, NESTED)
+    w = _weights(packed_ptr, values_ptr, group_ptr, absmax_ptr, map_ptr, offset_ptr,
+                 first_row * num_cols + first_col, row * num_cols + col, inside, 1.0,
+                 R * C, LOG, WORDS, NESTED, False)
     # fmt: on
-    row, col = first_row + tl.arange(0, R), first_col + tl.arange(0, C)
-    inverse = tl.div_rn(1.0, tl.load(scale_ptr + col, mask=col < num_cols, other=1.0))[None, :]
-    w = tl.reshape(w, (R, C)) * inverse
+    row, col = tl.arange(0, R), tl.arange(0, C)
+    live_col = first_col + col < num_cols
+    inverse = _inverse_power(tl.load(scale_ptr + first_col + col, mask=live_col, other=1.0))
+    w = (tl.reshape(w, (R, C)) * inverse[None, :]).to(out_ptr.dtype.element_ty)
     at = col[:, None] * stride + row[None, :]
-    inside = (col < num_cols)[:, None] & (row < num_rows)[None, :]
-    tl.store(out_ptr + at, tl.trans(w.to(out_ptr.dtype.element_ty)), mask=inside)
+    out = out_ptr + first_col.to(tl.int64) * stride + first_row
+    tl.store(out + at, tl.trans(w), mask=live_col[:, None] & (first_row + row < num_rows)[None, :])
 
 
 def cases(device: torch.device | str) -> Iterator[tuple[Tensor, str, int, bool]]:
