@@ -7,9 +7,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import loraloom
-from loraloom import nll, step
-from loraloom.bank import Bank
+from loraloom import bank, head, nll, step
 from loraloom.data import Example
+from loraloom.kernels import lora_linear
 from loraloom.packing import pack
 
 rows: list[tuple[str, str, str]] = []
@@ -57,19 +57,12 @@ def main() -> None:
     batches = pack(examples, micro_tokens=256, packing=True, pad_id=0)
     note("packing.py::pack", "examples share a row; positions restart", batches[0].ids)
 
-    bank = next(iter(adapters.banks.values()))
-    watch(bank, "base_forward", "bank.py::forward", "x W^T, through the frozen weight")
-    watch(bank.layer, "down", "layers.py::down", "x A^T")
-    watch(bank.layer, "up", "layers.py::up", "(x A^T) s B^T, added to the above")
-    watch(
-        nll,
-        "some_logits",
-        "nll.py::some_logits",
-        "logits of the columns that predict a label",
-        lambda r: r[0],
-    )
-    watch(step, "nll_sum", "nll.py::nll_sum", "summed nats of the labelled tokens")
-    assert isinstance(bank, Bank)
+    nll.head_of(model, batches[0].ids)  # proves on the model that its head alone makes the logits
+    watch(lora_linear, "times", "kernels/lora_linear.py::times", "x W^T, through the frozen weight")
+    watch(lora_linear, "scaled", "kernels/lora_linear.py::scaled", "s = x A^T, scaled")
+    watch(bank, "lora_linear", "bank.py::forward", "s B^T added to it, in the same node")
+    watch(head, "cross_entropy", "head.py::nll_sum", "nats of the labelled tokens, by chunks of logits")
+    watch(step, "nll_sum", "nll.py::nll_sum", "their sum; its gradient is known already")
 
     named = dict(adapters.named_parameters())
     name = next(key for key in named if key.endswith("q_proj/B"))

@@ -235,6 +235,7 @@ def test_train_eval_merge_chat_report_runs(
     assert done["data"]["train"] > 0
     assert done["train"]["status"] == "done"
     assert done["train"]["path"] == "runs/first"
+    assert done["train"]["execution"]["loss"] == "in chunks of tokens"
     assert {row["metric"] for row in done["eval"]["rows"]} >= {"loss", "exact match"}
     assert done["eval"]["settings"]["examples"] == 4
     assert done["eval of a file"]["settings"]["examples"] == 24
@@ -288,6 +289,11 @@ def test_training_tells_its_progress_on_stderr(
         "loraloom merge",
     ):
         assert words in told.err
+    lines = told.err.splitlines()
+    execution = Run.open(tmp_path / "run").state["execution"]
+    assert list(execution) == ["kernels", "attention", "layers", "loss", "recompute", "graphs"]
+    for name, text in execution.items():  # what computes a step is said once, with the reason
+        assert lines.count(f" {name:<9}{text}") == 1
     flags[flags.index(f"--set=output={tmp_path / 'run'}")] = f"--set=output={tmp_path / 'quiet'}"
     told = say("train", *flags, "--offline", "--quiet")
     assert told == (0, "", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_run import make_data, make_model, make_shop, run_tiny
 
+from loraloom.compiling import Compiled
 from loraloom.config import (
     RunConfig,
     describe,
@@ -26,6 +28,7 @@ from loraloom.config import (
 )
 from loraloom.errors import UserError
 from loraloom.quant import Scales8, Weight4
+from loraloom.recompute import Recomputed
 from loraloom.rundir import Run
 from loraloom.workshop import Workshop
 
@@ -40,7 +43,8 @@ data.max_lost data.packing data.encoding data.limit data.duplicates
 output method r alpha dropout target_modules layers rank_pattern alpha_pattern bias modules_to_save
 train.epochs train.max_steps train.learning_rate train.schedule train.warmup train.batch_size train.batch_tokens
 train.micro_tokens train.optimizer train.paged train.weight_decay train.betas train.momentum train.max_grad_norm
-train.recompute train.fast train.compile train.graphs train.seed train.save_every train.save_minutes train.keep train.early_stop
+train.recompute train.fast train.compile train.graphs train.seed train.save_every train.save_minutes train.keep
+train.early_stop
 eval.every eval.prompts eval.max_new_tokens
 """
 NAMES = GOLDEN.split()
@@ -353,9 +357,18 @@ def trained(shop: Workshop) -> list[str]:
     return [name for name, _ in shop.adapters.named_parameters()]
 
 
+def first_weight(shop: Workshop) -> Any:
+    return next(iter(sites(shop).values())).layer.module.weight
+
+
+def forward_of(shop: Workshop) -> Any:
+    """What runs in place of the first decoder layer's own forward."""
+    return vars(shop.model.model.layers[0]).get("forward")
+
+
 def codes(shop: Workshop) -> tuple[Any, ...]:
     """Table, whether scales are quantised, and block of a base in 4 bits; nothing of a dense one."""
-    w = next(iter(sites(shop).values())).layer.module.weight
+    w = first_weight(shop)
     return (
         (w.codes.table, isinstance(w.codes.scales, Scales8), w.codes.block) if isinstance(w, Weight4) else ()
     )
@@ -370,6 +383,7 @@ BUILT: dict[str, tuple[Any, Seen]] = {
     "model.device": ("cpu", lambda shop, _: shop.loaded.device == torch.device("cpu")),
     "model.attention": ("eager", lambda shop, _: shop.model.config._attn_implementation == "eager"),
     "model.quantize": ("fp4", lambda shop, _: codes(shop)[:1] == ("fp4",)),
+    "model.fp8": (True, lambda shop, _: getattr(first_weight(shop), "fp8", False)),
     "model.double_quant": (False, lambda shop, _: codes(shop)[1:2] == (False,)),
     "model.quant_block": (128, lambda shop, _: codes(shop)[2:] == (128,)),
     "data.eval": (7, lambda shop, _: len(shop.eval) == 7),
@@ -396,7 +410,9 @@ BUILT: dict[str, tuple[Any, Seen]] = {
     "train.optimizer": ("sgd", lambda shop, _: isinstance(shop.optimizer, torch.optim.SGD)),
     "train.weight_decay": (0.4, lambda shop, _: group(shop)["weight_decay"] == 0.4),
     "train.betas": ([0.7, 0.8], lambda shop, _: group(shop)["betas"] == (0.7, 0.8)),
-    "train.recompute": ("full", lambda shop, _: "forward" in vars(shop.model.model.layers[0])),
+    "train.recompute": ("full", lambda shop, _: isinstance(forward_of(shop), Recomputed)),
+    "train.fast": (True, lambda shop, _: len(shop.adapters.fast) == 2),
+    "train.compile": (True, lambda shop, _: isinstance(forward_of(shop), Compiled)),
     "train.seed": (9, lambda shop, other: shop.plan[0] != other.plan[0]
                    and not torch.equal(first_a(shop), first_a(other))),
     "eval.every": (3, lambda shop, _: shop.eval_every == 3),
@@ -404,6 +420,8 @@ BUILT: dict[str, tuple[Any, Seen]] = {
 BESIDES: dict[str, dict[str, Any]] = {
     "train.epochs": {"train.max_steps": None},
     "bias": {"model.id": "with biases"},
+    "model.fp8": {"model.quantize": "nf4"},
+    "train.fast": {"model.attention": "varlen"},
     "model.double_quant": {"model.quantize": "nf4"},
     "model.quant_block": {"model.quantize": "nf4"},
 }
@@ -419,6 +437,8 @@ def test_a_setting_is_seen_in_what_is_built(
     name: str, plain_shop: Workshop, model_folder: Path, data_file: Path, tmp_path: Path
 ) -> None:
     value, seen = BUILT[name]
+    if name == "train.compile" and shutil.which("g++") is None:
+        pytest.skip("no C++ compiler here")
     if name == "bias":
         model_folder = make_model(tmp_path / "biased", attention_bias=True)
         plain_shop = make_shop(model_folder, data_file)
@@ -470,6 +490,8 @@ def test_what_only_a_gpu_can_do_is_refused_on_a_cpu(model_folder: Path, data_fil
         make_shop(model_folder, data_file, train__paged=True)
     with pytest.raises(UserError, match=r"train\.micro_tokens=fit needs a GPU"):
         make_shop(model_folder, data_file, train__micro_tokens="fit")
+    with pytest.raises(UserError, match=r"train\.graphs=true: this run is on cpu"):
+        make_shop(model_folder, data_file, model__device="cpu", train__graphs=True)
 
 
 def test_map_format_and_encoding(model_folder: Path, tmp_path: Path) -> None:
@@ -531,7 +553,7 @@ def test_settings_of_the_loop(model_folder: Path, data_file: Path, tmp_path: Pat
 
 SEEN_ELSEWHERE = {
     "test_model_id_revision_and_pickle": {"model.id", "model.revision", "model.allow_pickle"},
-    "test_what_only_a_gpu_can_do_is_refused_on_a_cpu": {"train.paged"},
+    "test_what_only_a_gpu_can_do_is_refused_on_a_cpu": {"train.paged", "train.graphs"},
     "test_settings_of_the_data": {
         "data.duplicates",
         "data.max_length",

@@ -17,10 +17,11 @@ MOST_FUNCTION = 66  # lines of a function, its docstring included: the training 
 
 # Each line may import from the lines above it; within a line only what stands to the left.
 LAYERS = [
-    ["errors", "files", "config_errors", "config", "wording", "environment", "noise", "progress"],
+    ["errors", "files", "config_errors", "config_sections", "config"],
+    ["wording", "environment", "noise", "progress"],
     ["kernels"],
-    ["weights8", "quant", "products8", "layers", "fused", "packing", "prefetch", "attention", "paging", "optim8"],
-    ["optim", "data"],
+    ["weights8", "quant", "products8", "layers", "fused", "packing", "prefetch", "attention", "paging"],
+    ["optim8", "optim", "data"],
     ["methods"],
     ["targets", "casts", "flow", "bank", "overlay", "forwards", "merging", "adapter", "refusals", "making"],
     ["adapt", "dressing", "head", "nll"],
@@ -36,10 +37,11 @@ LAYERS = [
     ],
     ["model_files", "shards", "gguf_model", "gguf_tokenizer", "pretrained", "disk_names"],
     ["convert_sources", "convert"],
-    ["small_model", "hub", "on_load", "incoming", "bnb_format", "model", "skeleton", "recompute", "facts", "doctor"],
+    ["small_model", "hub", "on_load", "incoming", "bnb_format", "model"],
+    ["trace", "skeleton", "recompute", "facts"],
     ["generate", "heldout", "rundir", "conversation"],
     ["step", "originals", "prepare", "compiling", "graphs", "workshop", "samples", "checkpoint", "train"],
-    ["trace", "sdpa", "shapes", "workload", "memory", "oom", "fit", "plan"],
+    ["sdpa", "shapes", "workload", "memory", "oom", "fit", "plan", "doctor"],
     ["merge_table", "merge"],
     ["results", "figures", "curves", "verdict", "card", "sections", "report"],
     ["evaluate", "verify", "merge_check", "quantize_files", "chat", "finish", "look", "use", "fold", "api"],

@@ -229,13 +229,13 @@ def test_gradients_of_an_earlier_pass_are_there_in_the_next_one():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_the_stand_in_takes_what_torchs_optimizers_take(optimizer):
-    """torch steps over lists of tensors on a GPU; it can on a CPU too."""
+    """On a GPU AdamW is one kernel, and SGD steps over lists of tensors; both can be had on a CPU too."""
     config = settings(**{"train.optimizer": optimizer}).train
     sizes = [(4, 64), (64, 4), (96,)]
     group = [{"params": [torch.nn.Parameter(torch.ones(size)) for size in sizes], "lr": 1e-3}]
     real = make_optimizer(group, config)
     for own in real.param_groups:
-        own["foreach"] = True
+        own["fused" if optimizer == "adamw" else "foreach"] = True
     shapes = [{"params": [torch.nn.Parameter(p.detach().to("meta")) for p in group[0]["params"]], "lr": 1e-3}]
     stand_in = StandIn(shapes, config)
     for parameter in group[0]["params"]:
@@ -248,7 +248,7 @@ def test_the_stand_in_takes_what_torchs_optimizers_take(optimizer):
         tape = Tape(round_to=1)
         with tape:
             one.step()
-        peaks.append(max(peak.total for peak in tape.peaks.values()))
+        peaks.append(max((peak.total for peak in tape.peaks.values()), default=0))
     assert peaks[1] == pytest.approx(peaks[0], abs=64)  # the count of steps
 
 

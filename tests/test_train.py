@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from loraloom.optim import make_optimizer, rate_factor, set_rates, warmup_steps
 from loraloom.packing import Batch, pack
 from loraloom.recompute import apply
 from loraloom.rundir import Run
-from loraloom.step import StepStats, check_gradients, train_step
+from loraloom.step import StepStats, check_gradients, guards, train_step
 from loraloom.workshop import build
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -230,6 +231,33 @@ def test_a_gradient_that_is_not_finite_moves_nothing_and_says_so() -> None:
     assert "every row's loss is finite" in line
     assert all(f"rows:{i}" in line for i in range(3))
     assert all(torch.equal(value, start[name]) for name, value in moved(adapters).items())
+
+
+def test_an_optimizer_that_is_told_on_the_device_moves_as_one_that_is_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A fused AdamW steps before the host has seen the numbers: a broken step between two good ones leaves no trace."""
+    batches = pack(examples(3), pad_id=256, **SPLITS["packed"])
+    found = []
+    for fused in (False, True):
+        model, adapters = double()
+        optimizer = torch.optim.AdamW(adapters.groups(0.1), lr=0.1, fused=fused)
+        assert guards(optimizer, adapters) == fused
+        own, factors = optimizer.step, iter([1.0, math.inf, 1.0])
+        site = next(iter(adapters.adapters["a"].sites.values()))
+        site.p["A"].register_hook(lambda gradient, factors=factors: gradient * next(factors))
+        taken: list[int] = []
+        monkeypatch.setattr(optimizer, "step", lambda own=own, taken=taken: (taken.append(1), own()))
+        for good in (True, False, True):
+            before = moved(adapters)
+            with nullcontext() if good else pytest.raises(NonFinite, match="gradient norm"):
+                train_step(model, adapters, optimizer, batches, step=4, num_steps=10, max_norm=1.0)
+            same = [torch.equal(value, before[name]) for name, value in moved(adapters).items()]
+            assert not any(same) if good else all(same)
+        assert len(taken) == 2 + fused
+        found.append(moved(adapters))
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, **EXACT)
 
 
 class Spare(nn.Module):

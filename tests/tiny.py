@@ -80,7 +80,8 @@ def stir(adapters: Any, *names: str, seed: int = 9, size: float = 0.1) -> None:
     gen = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in adapters.parameters(*names):
-            parameter.add_(torch.randn(parameter.shape, generator=gen, dtype=parameter.dtype) * size)
+            noise = torch.randn(parameter.shape, generator=gen, dtype=parameter.dtype) * size
+            parameter.add_(noise.to(parameter.device))
 
 
 def digest(model: torch.nn.Module) -> dict[str, bytes]:

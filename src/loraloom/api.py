@@ -156,6 +156,9 @@ def resume(
             f"the data of {run.path} has changed since it started, so it cannot be continued",
             hint="restore the files, or train a new run",
         )
+    known = state.get("execution", {}).get("recompute")
+    if known is not None and run.origins.get("train.recompute") == "auto":
+        shop.execution["recompute"] = known  # chosen when the run began, for the reason given then
     if not (run.path / "data" / "held-out").is_dir():  # killed before it was kept
         keep_data(shop, run)
     where = restore(shop, latest[1]) if latest is not None else Progress()
@@ -178,6 +181,7 @@ def go(shop: Workshop, run: Run, progress: Progress, listen: Listener) -> Run:
         data_digest=shop.data_digest(),
         message=None,
         mergeable=method_of(shop).mergeable,
+        execution=shop.execution,
         **counts,
     )
     listen("workshop", shop)

@@ -109,7 +109,6 @@ def facts(shop: Any) -> list[tuple[str, str]]:
     kept = [shop.loaded.quantised or "dense", *filter(None, [shop.loaded.products])]
     return [
         ("model", f"{config.model.id}  on {shop.loaded.device}, {shop.loaded.reason}"),
-        ("kernels", shop.kernels),
         (
             "data",
             f"{report.train:,} examples, {report.eval:,} held out; {report.target_share:.1%} of tokens trained",
@@ -124,8 +123,8 @@ def facts(shop: Any) -> list[tuple[str, str]]:
             f"{batch} in passes of {train.micro_tokens} tokens{', packed' if shop.packing else ''}; "
             f"{len(shop.plan)} steps, {train.optimizer} {train.learning_rate:g}, {train.schedule}",
         ),
-        ("recompute", f"{shop.recompute.tier}: {shop.recompute.reason}"),
         ("base", f"{', '.join(kept)}; every weight is frozen, its own dropout is off"),
+        *shop.execution.items(),
         *(("note", text) for text in shop.loaded.notes),
     ]
 

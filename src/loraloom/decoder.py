@@ -13,15 +13,17 @@ source  LoRA, arXiv:2106.09685; tests/test_fast.py: equal to the layer's own cod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .group import Group, Wide, back, dlow, low, pair_grads, thin_grad, times
+from .group import Group, Wide, back, dlow, low, pair_grads, then_of, thin_grad, times
 from .kernels.block import (
     Act,
     Normed,
@@ -33,6 +35,8 @@ from .kernels.block import (
     swiglu,
     swiglu_grad,
 )
+
+Backward = TypeVar("Backward", bound=Callable[..., Any])
 
 
 @dataclass
@@ -71,11 +75,23 @@ def dtypes_of(tensors: Sequence[Tensor]) -> list[torch.dtype]:
     return [tensor.dtype for tensor in tensors]
 
 
-def once(ctx: Any) -> None:
-    """raises  RuntimeError in a second backward pass: the first has written over what was saved"""
-    if getattr(ctx, "spent", False):
-        raise RuntimeError("a fused decoder layer's backward pass runs once: retain_graph is not supported")
-    ctx.spent = True
+def once(backward: Backward) -> Backward:
+    """A backward pass that runs a single time, with the dropout of its forward pass.
+
+    raises  RuntimeError in a second one: the first has written over what was saved
+    """
+
+    @wraps(backward)
+    def run(ctx: Any, *grads: Tensor) -> Any:
+        if getattr(ctx, "spent", False):
+            raise RuntimeError(
+                "a fused decoder layer's backward pass runs once: retain_graph is not supported"
+            )
+        ctx.spent = True
+        with nullcontext() if ctx.then is None else ctx.then.again():
+            return backward(ctx, *grads)
+
+    return run  # type: ignore[return-value]
 
 
 class Before(torch.autograd.Function):
@@ -90,14 +106,15 @@ class Before(torch.autograd.Function):
         rope(qkv, cos, sin, parts.heads, low=low(wide, s))
         ctx.save_for_backward(x, cos, sin, made.rstd, s)
         ctx.parts, ctx.wide, ctx.dtypes = parts, wide, dtypes_of(pairs)
+        ctx.then = then_of([wide])
         heads, groups = parts.heads
         q, k, v = qkv.unflatten(1, (-1, parts.dim)).split([heads, groups, groups], dim=1)
         return q, k, v, x
 
     @staticmethod
     @once_differentiable
+    @once
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, dres: Tensor) -> tuple[Any, ...]:
-        once(ctx)
         x, cos, sin, rstd, s = ctx.saved_tensors
         parts, wide = ctx.parts, ctx.wide
         weight = parts.norms[0]
@@ -122,10 +139,10 @@ class After(torch.autograd.Function):
         o, gate_up, down = wides
         fp8 = parts.o.frozen.fp8  # in 8 bits a product cannot add as it writes: the norm's kernel adds
         y, s_o = times(parts.o, o, shown(attn, fp8), onto=None if fp8 else x)
-        x, y = (x, y) if fp8 else (y, None)
-        made = normed(x, parts.norms[1], parts.eps[1], parts.gate_up, gate_up, y)
+        x, more = (x, y) if fp8 else (y, None)
+        made = normed(x, parts.norms[1], parts.eps[1], parts.gate_up, gate_up, more)
         x, rstd = made.x, made.rstd
-        del y
+        del y, more
         gu, s_gu = times(parts.gate_up, gate_up, made.n, kernel_adds=True)
         del made
         h = swiglu(gu, parts.act, low=low(gate_up, s_gu))
@@ -134,12 +151,13 @@ class After(torch.autograd.Function):
         kept = None if parts.recompute == "gate_up" else gu
         ctx.save_for_backward(attn, x, rstd, kept, s_o, s_gu, s_d)
         ctx.parts, ctx.wides, ctx.dtypes = parts, wides, dtypes_of(pairs)
+        ctx.then = then_of(wides)
         return out
 
     @staticmethod
     @once_differentiable
+    @once
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-        once(ctx)
         attn, x, rstd, gu, s_o, s_gu, s_d = ctx.saved_tensors
         parts, (o, gate_up, down) = ctx.parts, ctx.wides
         of_o, of_gate, of_down = by_group(ctx.dtypes, ctx.wides)

@@ -39,13 +39,20 @@ class Frozen:
         self.shape = (ends[-1], weights[0].shape[1])
         self.dtype, self.device = weights[0].dtype, weights[0].device
         self.coded = isinstance(weights[0], Weight4)
-        self.fp8 = all(isinstance(weight, Weight4) and weight.fp8 for weight in weights)
         self._whole: Tensor | None = None  # W, or its codes in 8 bits, in one memory
+        self._joined: list[Tensor] = []  # the weights that became views of it
         self._scales: tuple[Tensor, Tensor] | None = None
+        self._columns: list[tuple[Weight4, Tensor]] = []  # the second of them as each weight had it
         if len(modules) > 1:
             self._join()
-        if self.fp8:
+        if all(isinstance(weight, Weight4) and weight.fp8 for weight in weights):
             self._share_scales()
+
+    @property
+    def fp8(self) -> bool:
+        """Whether products are taken in 8-bit floats: if they were with every part, and are now."""
+        first = self.modules[0].weight
+        return self._scales is not None and isinstance(first, Weight4) and first.fp8
 
     def _join(self) -> None:
         """Move what is kept by rows into one memory, each weight a view of it: values and names stay."""
@@ -53,18 +60,31 @@ class Frozen:
         if held[0] is None:
             return  # 4 bits are decoded side by side anyway
         whole = torch.empty(self.shape, dtype=held[0].dtype, device=self.device)
-        for weight, own, rows in zip(self.weights(), held, self.rows):
+        self._whole, self._joined = whole, self.weights()
+        for weight, own, rows in zip(self._joined, held, self.rows):
             assert own is not None
             whole[rows] = own
             keep_rows(weight, whole[rows])
-        self._whole = whole
 
     def part(self) -> None:
-        """Give each weight a memory of its own again."""
-        if self._whole is not None:
-            for weight, rows in zip(self.weights(), self.rows):
-                keep_rows(weight, self._whole[rows].clone())
-            self._whole = None
+        """Give each weight a memory and scales of its own again; one that was moved meanwhile has them already."""
+        for weight in self._joined:
+            rows = kept_rows(weight)
+            if rows is not None and self._whole is not None and same_memory(rows, self._whole):
+                keep_rows(weight, rows.clone())
+        for weight, columns in self._columns:
+            if self._scales is not None and weight.fp8 and columns_of(weight.codes) is self._scales[1]:
+                weight.codes = with_columns(weight.codes, columns)
+        self._whole, self._joined, self._columns = None, [], []
+
+    @property
+    def moved(self) -> bool:
+        """Whether the weights have got other memory since they were joined, as when a model changes its dtype."""
+        first = self.modules[0].weight
+        if self._whole is None or first.is_meta:
+            return False
+        rows = kept_rows(first)
+        return rows is None or first is not self._joined[0] or rows.data_ptr() != self._whole.data_ptr()
 
     def _share_scales(self) -> None:
         """One scale for each input channel of all parts: powers of two, so that no number changes."""
@@ -73,6 +93,7 @@ class Frozen:
         rows = torch.cat([one.scale if isinstance(one, Codes8) else rows_of(one) for one in codes])
         for weight, one in zip(self.weights(), codes):
             assert isinstance(weight, Weight4)
+            self._columns.append((weight, columns_of(one)))
             weight.codes = with_columns(one, columns)
         self._scales = rows, columns
 
@@ -96,7 +117,10 @@ class Frozen:
         w = buffer(count, self.dtype, self.device)[:count]
         for weight, rows in zip(self.weights(), self.rows):
             assert isinstance(weight, Weight4)
-            weight.codes.decode(self.dtype, w[rows.start * width : rows.stop * width])
+            room = w[rows.start * width : rows.stop * width]
+            made = weight.codes.decode(self.dtype, room)
+            if not same_memory(made, room):  # a dtype that codes are not decoded to
+                room.copy_(made.view(-1))
         return w.view(self.shape)
 
     def codes(self, *, turned: bool) -> tuple[Tensor, Tensor]:
@@ -126,6 +150,7 @@ class Frozen:
                 return F.linear(x.dense, self.dense(), bias)
             start = bias if onto is None else onto if bias is None else onto + bias
             if low is None:
+                assert start is not None
                 return torch.addmm(start, x.dense, self.dense().T)
             y = low[0] @ low[1].T if start is None else torch.addmm(start, low[0], low[1].T)
             return y.addmm_(x.dense, self.dense().T)  # the wide product last: it adds as it writes
@@ -160,6 +185,10 @@ def keep_rows(weight: Tensor, rows: Tensor) -> None:
         weight.codes = replace(weight.codes, codes=rows)
     else:
         weight.data = rows
+
+
+def same_memory(x: Tensor, y: Tensor) -> bool:
+    return x.untyped_storage()._cdata == y.untyped_storage()._cdata
 
 
 def rows_of(codes: Codes) -> Tensor:

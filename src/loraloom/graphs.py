@@ -18,6 +18,7 @@ source  tests/test_graphs.py: padded or not, recorded or not, the same losses an
 from __future__ import annotations
 
 import gc
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -178,7 +179,9 @@ class CudaRecorder:
 def no_waiting() -> Iterator[None]:
     """Whatever waits for the device inside raises RuntimeError, as far as torch sees it."""
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():  # torch says once that this is a prototype
+        warnings.filterwarnings("ignore", "Synchronization debug mode", UserWarning)
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:

@@ -11,13 +11,15 @@ source  LoRA, arXiv:2106.09685, equation 3
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .bank import Bank, Compute
+from .flow import Flow
 from .frozen import Frozen
 from .kernels.block import FUSED_RANKS, Shown
 from .kernels.products import mm32
@@ -58,7 +60,7 @@ class Group:
 
     def __init__(self, frozen: Frozen, names: Sequence[str], held: Callable[[], Mapping[str, Bank]]) -> None:
         self.frozen, self.names, self._banks = frozen, list(names), held
-        self._known: tuple[tuple[Compute | None, ...], Wide | None] | None = None
+        self._known: tuple[tuple[Compute | bool | None, ...], Wide] | None = None
 
     @property
     def banks(self) -> list[Bank | None]:
@@ -84,21 +86,17 @@ class Group:
         """The pairs side by side; kept as long as the banks are held."""
         if not tensors:
             return None
-        key = tuple(computes)
-        held = all(
-            bank is None or bank.held is not None or compute is None for bank, compute in zip(self.banks, key)
-        )
+        banks = self.banks
+        key = (*computes, any(bank.flow.training for bank in banks if bank is not None))
+        held = all(compute is None or (bank and bank.held) for bank, compute in zip(banks, computes))
         if held and self._known is not None and all(x is y for x, y in zip(self._known[0], key)):
             return self._known[1]
-        made = self._make(key, tensors)
+        made = self._make(computes, tensors)
         self._known = (key, made) if held else None
         return made
 
-    def forget(self) -> None:
-        self._known = None
-
     @torch.no_grad()
-    def _make(self, computes: tuple[Compute | None, ...], tensors: Sequence[Tensor]) -> Wide:
+    def _make(self, computes: Sequence[Compute | None], tensors: Sequence[Tensor]) -> Wide:
         frozen = self.frozen
         parts: list[Part] = []
         dropped: tuple[Bank, Compute] | None = None
@@ -127,6 +125,28 @@ class Group:
                 each.append(b_OR.to(frozen.dtype))
         bank, compute = dropped or (None, None)
         return Wide(tuple(parts), a, b, tuple(each), bank, compute)
+
+
+class Then:
+    """What a forward pass drew its dropout from, for a backward pass that comes when the flow has moved on."""
+
+    def __init__(self, flow: Flow) -> None:
+        self.flow = flow
+        self.fields = {name: getattr(flow, name) for name in ("active", "token_BT", "clock", "training")}
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        now = Then(self.flow)
+        vars(self.flow).update(self.fields)
+        try:
+            yield
+        finally:
+            vars(self.flow).update(now.fields)
+
+
+def then_of(wides: Sequence[Wide | None]) -> Then | None:
+    """None if nothing is dropped."""
+    return next((Then(wide.bank.flow) for wide in wides if wide is not None and wide.bank is not None), None)
 
 
 def dropped(wide: Wide, x: Tensor) -> Tensor:
@@ -200,7 +220,9 @@ def pair_grads(
     """dA, dB of each pair in order, summed in float32."""
     if wide is None:
         return []
-    assert x is not None and s is not None and ds is not None
+    assert x is not None
+    assert s is not None
+    assert ds is not None
     da = mm32(ds.T, dropped(wide, x))
     whole = mm32(dy.T, s) if wide.b is not None else None
     grads: list[Tensor] = []

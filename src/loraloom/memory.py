@@ -99,7 +99,7 @@ class StandIn:
         if config.paged and config.optimizer == "sgd":
             raise sgd_has_no_moments()
         self.param_groups = split_decay(groups, config.weight_decay)
-        self.name, self.state = config.optimizer, []
+        self.name, self.paged, self.state = config.optimizer, config.paged, []
         for group in self.param_groups:
             sizes = [p.numel() for p in group["params"]]
             on_host = [host_bytes(self.name, n) if config.paged else 0 for n in sizes]
@@ -110,9 +110,12 @@ class StandIn:
                 self.state.append(room(staging_bytes(self.name, sizes)))
 
     def step(self) -> None:
-        """torch's AdamW keeps the roots of a group's second moments, SGD its decayed gradients; 8 bits keep none."""
+        """Paged AdamW keeps the roots of a group's second moments, SGD its decayed gradients.
+
+        torch's AdamW is one kernel on a GPU and keeps nothing, nor does the one in 8 bits.
+        """
         for group in self.param_groups:
-            if self.name == "adamw" or (self.name == "sgd" and group["weight_decay"]):
+            if (self.name == "adamw" and self.paged) or (self.name == "sgd" and group["weight_decay"]):
                 kept = [torch.empty_like(p) for p in group["params"]]
                 del kept
 

@@ -154,9 +154,9 @@ def load_model(
     if any(isinstance(p, Weight4) and p.codes.experts for p in model.parameters()):
         model.set_experts_implementation("eager")  # one by one: the others want all experts dense at once
     model.requires_grad_(False).eval()
-    notes += use_fp8(model, config.fp8, device)
     wanted = "sdpa" if task != "causal" and config.attention == "auto" else config.attention
     chosen = settle_attention(model, wanted, device, dtype)
+    notes += use_fp8(model, config.fp8, device)
     return Loaded(model, tokenizer, dtype, device, reason, source, notes, chosen)
 
 

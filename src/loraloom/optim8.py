@@ -227,7 +227,7 @@ class PagedAdamW(AdamW8bit):
 
 
 def state_bytes(optimizer: str, numel: int) -> int:
-    """Bytes of state of one float32 parameter, wherever they are; step counts, on the CPU, left out.
+    """Bytes of state of one float32 parameter, wherever they are; the count of its steps is left out.
 
     raises  ValueError if there is no such optimizer
     """

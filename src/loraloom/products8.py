@@ -11,6 +11,7 @@ raises  UserError where 8-bit products are asked for and cannot be had
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -51,6 +52,23 @@ def use_fp8(model: nn.Module, wanted: bool | Literal["auto"], device: torch.devi
         else:
             stay.setdefault(why, []).append(name)
     return [note(names, why) for why, names in stay.items()]
+
+
+@contextmanager
+def plain_products(model: nn.Module) -> Iterator[None]:
+    """No product is taken in 8-bit floats inside: for proofs that compare two ways to compute the same.
+
+    A last bit that differs may cross a rounding of e4m3, which is a sixteenth, and on through all layers.
+    """
+    held = [p for p in model.parameters() if isinstance(p, Weight4) and p.fp8]
+    before = [weight.codes for weight in held]
+    for weight, codes in zip(held, before):
+        weight.codes = codes.without_channels()
+    try:
+        yield
+    finally:
+        for weight, codes in zip(held, before):
+            weight.codes = codes
 
 
 def note(names: list[str], why: str) -> str:

@@ -96,6 +96,7 @@ def train_step(
     if early:  # queued at once: the device itself leaves the weights alone where a number is not finite
         optimizer.found_inf = (~(loss + grad_norm).isfinite()).float()  # type: ignore[attr-defined]
         optimizer.step()
+        del optimizer.found_inf  # type: ignore[attr-defined]
     nats, norm = numbers(loss, grad_norm)  # the one host sync of the step
     stats = StepStats(nats, norm, targets, tokens)
     if not (math.isfinite(stats.loss) and math.isfinite(stats.grad_norm)):

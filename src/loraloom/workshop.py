@@ -30,11 +30,12 @@ from .kernels.twin import path_of
 from .layers import BlockLayer
 from .methods.base import Method
 from .model import Loaded, load_model
-from .nll import honours_boundaries
+from .nll import honours_boundaries, why_whole_logits
 from .optim import make_optimizer
 from .originals import read_originals
 from .packing import StepPlan, pack
 from .prepare import prepare as prepare_method
+from .products8 import plain_products
 from .recompute import Choice, apply, fuse
 from .skeleton import decoder_layers
 
@@ -57,7 +58,7 @@ class Workshop:
     optimizer: torch.optim.Optimizer
     plan: StepPlan
     decided: dict[str, Any]  # dotted settings that were `auto`
-    recompute: Choice  # with the reason
+    execution: dict[str, str]  # what computes a step: attention, layers, loss ..., in words with the reason
     graphs: Graphs | None = None  # of short passes
     told: set[str] = field(default_factory=set)  # by `fresh_notes`
 
@@ -84,11 +85,6 @@ class Workshop:
     @property
     def style(self) -> Style:
         return Style.from_dict(self.prepared.report.style)
-
-    @property
-    def kernels(self) -> str:
-        """Which kernels this device runs, and why."""
-        return ": ".join(path_of(self.loaded.device))
 
     @property
     def packing(self) -> bool:
@@ -188,7 +184,8 @@ def build(
     adapter.method.check_steps(len(plan))
     decided = written | decide(config, adapter.method, len(plan), loaded)
     recompute = choose_recompute(with_values(config, decided), loaded, prepared.train, plan, fit)
-    decided |= put_in_place(recompute, config, loaded, adapters)
+    layers = put_in_place(recompute, config, loaded, adapters)
+    decided |= decided_by(recompute, config)
     if fresh and not adapter.ready:
         decided |= see_first(with_values(config, decided), loaded, adapters, prepared.train, plan, progress)
     adapters.adapters["default"].ready = True
@@ -196,12 +193,28 @@ def build(
     config = with_values(config, decided)
     assert config.train.learning_rate != "auto"
     optimizer = make_optimizer(adapters.groups(config.train.learning_rate), config.train)
-    graphs = choose_graphs(config, loaded, adapters, plan)
-    return Workshop(config, loaded, adapters, prepared, optimizer, plan, decided, recompute, graphs)
+    graphs, words = choose_graphs(config, loaded, adapters, plan)
+    execution = in_words(loaded, layers, recompute, words)
+    return Workshop(config, loaded, adapters, prepared, optimizer, plan, decided, execution, graphs)
 
 
-def choose_graphs(config: RunConfig, loaded: Loaded, adapters: Adapters, plan: StepPlan) -> Graphs | None:
-    """CUDA graphs for short passes, where the settings and the run allow it; the reason goes to the notes.
+def in_words(loaded: Loaded, layers: Sequence[str], recompute: Choice, graphs: str) -> dict[str, str]:
+    """What computes a step of this run, each with the reason."""
+    whole = why_whole_logits(loaded.model)
+    return {
+        "kernels": ": ".join(path_of(loaded.device)),
+        "attention": loaded.attention,
+        "layers": "; ".join(layers) or "the model's own code",
+        "loss": "in chunks of tokens" if whole is None else f"of whole logits: {whole}",
+        "recompute": f"{recompute.tier}: {recompute.reason}",
+        "graphs": graphs,
+    }
+
+
+def choose_graphs(
+    config: RunConfig, loaded: Loaded, adapters: Adapters, plan: StepPlan
+) -> tuple[Graphs | None, str]:
+    """CUDA graphs for short passes, where the settings and the run allow it; in words why there are some or none.
 
     raises  UserError if they are asked for and cannot be
     """
@@ -210,9 +223,7 @@ def choose_graphs(config: RunConfig, loaded: Loaded, adapters: Adapters, plan: S
     tokens = min(config.train.micro_tokens, int(median(steps)))
     why = graph_reason(adapters, config, loaded.model, loaded.device)
     graphs, words = make_graphs(config.train.graphs, why, loaded.device, pad_id=loaded.pad_id, tokens=tokens)
-    if loaded.device.type == "cuda":
-        loaded.notes.append(f"CUDA graphs {'on' if graphs else 'off'}: {words}")
-    return graphs
+    return graphs, f"{'on' if graphs else 'off'}: {words}"
 
 
 def choose_recompute(
@@ -236,12 +247,17 @@ def choose_recompute(
     return Choice("none", wish.micro_tokens, f"no GPU's memory is planned for on {loaded.device}")
 
 
-def put_in_place(choice: Choice, config: RunConfig, loaded: Loaded, adapters: Adapters) -> dict[str, Any]:
-    """Fuse and recompute the layers; the settings that this decides, by dotted name."""
-    loaded.notes.extend(fuse(adapters, config.train, gpu=loaded.device.type == "cuda"))
+def put_in_place(choice: Choice, config: RunConfig, loaded: Loaded, adapters: Adapters) -> list[str]:
+    """Fuse the layers, compile those that are not fused, then recompute them all; what came of it, in words."""
+    words = fuse(adapters, config.train, gpu=loaded.device.type == "cuda")
     if config.train.compile:
-        loaded.notes.append(compile_layers(list(decoder_layers(loaded.model) or ()), loaded.device))
+        words.append(compile_layers(list(decoder_layers(loaded.model) or ()), loaded.device))
     apply(loaded.model, adapters, choice.tier)
+    return words
+
+
+def decided_by(choice: Choice, config: RunConfig) -> dict[str, Any]:
+    """The settings that were open and that the choice fills in, by dotted name."""
     decided: dict[str, Any] = {"train.recompute": choice.tier} if config.train.recompute == "auto" else {}
     return decided | ({"train.micro_tokens": choice.tokens} if config.train.micro_tokens == "fit" else {})
 
@@ -360,6 +376,7 @@ def refuse_leaks(loaded: Loaded) -> None:
 
     raises  UserError if it does not
     """
-    why = honours_boundaries(loaded.model, loaded.model.get_input_embeddings().weight.shape[0])
+    with plain_products(loaded.model):
+        why = honours_boundaries(loaded.model, loaded.model.get_input_embeddings().weight.shape[0])
     if why is not None:
         raise UserError(f"packing cannot be used: {why}", hint="--set data.packing=false")
