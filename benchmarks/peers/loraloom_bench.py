@@ -185,9 +185,13 @@ class Loraloom:
 
     @staticmethod
     def release() -> None:
+        import torch
+
         from loraloom.kernels.matmul_frozen import release_buffers
 
         release_buffers()
+        if torch.cuda.is_available():
+            torch._C._cuda_clearCublasWorkspaces()  # torch keeps them for the process, not for a model
         loop.clean()
 
 
