@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from importlib import import_module
@@ -24,7 +25,10 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [
     str(ROOT / name) for name in ("benchmarks/peers", "benchmarks", "tools")
 ]  # scripts, no packages
-kit, loop, loraloom_bench, collect = map(import_module, ("kit", "loop", "loraloom_bench", "collect"))
+with pytest.MonkeyPatch.context() as patch:  # what kit sets for its own process is not for other tests
+    for name in ("HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM"):
+        patch.setenv(name, os.environ.get(name, ""))
+    kit, loop, loraloom_bench, collect = map(import_module, ("kit", "loop", "loraloom_bench", "collect"))
 alpaca_run, random_folder, speed_floor, step_profile, fp8_quality = map(
     import_module, ("alpaca_run", "random_folder", "speed_floor", "step_profile", "fp8_quality")
 )
