@@ -10,6 +10,7 @@ import math
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,7 +37,8 @@ from loraloom.optim import make_optimizer, rate_factor, set_rates, warmup_steps
 from loraloom.packing import Batch, pack
 from loraloom.recompute import apply
 from loraloom.rundir import Run
-from loraloom.step import StepStats, check_gradients, guards, train_step
+from loraloom.step import Queued, StepStats, check_gradients, guards, queue_step, train_step
+from loraloom.train import Steps
 from loraloom.workshop import build
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -258,6 +260,90 @@ def test_an_optimizer_that_is_told_on_the_device_moves_as_one_that_is_asked(
         found.append(moved(adapters))
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, **EXACT)
+
+
+def fused(adapters: Adapters) -> torch.optim.Optimizer:
+    """The optimizer of a run on a GPU."""
+    optimizer = make_optimizer(adapters.groups(0.1), TrainConfig())
+    for group in optimizer.param_groups:
+        group.update(fused=True, foreach=False)
+    return optimizer
+
+
+def test_a_step_queued_behind_a_broken_one_moves_nothing() -> None:
+    """The next step may be queued before the host knows that this one is not finite."""
+    batches = pack(examples(3), pad_id=256, **SPLITS["packed"])
+    model, adapters = double()
+    optimizer = fused(adapters)
+    site, factors = next(iter(adapters.adapters["a"].sites.values())), iter([1.0, math.inf, 1.0])
+    site.p["A"].register_hook(lambda gradient: gradient * next(factors))
+
+    def queue(step: int, after: Queued | None) -> Queued:
+        return queue_step(
+            model, adapters, optimizer, batches, step=step, num_steps=9, max_norm=1.0, after=after
+        )
+
+    first = queue(0, None)
+    kept = moved(adapters)
+    broken = queue(1, first)
+    behind = queue(2, broken)
+    assert first.moved
+    assert behind.moved
+    assert math.isfinite(first.settle().loss)
+    with pytest.raises(NonFinite, match="step 2:"):
+        broken.settle()
+    assert all(torch.equal(value, kept[name]) for name, value in moved(adapters).items())
+
+
+@pytest.mark.parametrize(
+    "alone", [set(), {2}, {0, 1, 2, 3, 4}], ids=["ahead", "one is looked at", "one by one"]
+)
+def test_steps_queued_ahead_are_steps_one_by_one(alone: set[int]) -> None:
+    batches = [pack(examples(3 + n % 2), pad_id=256, **SPLITS["packed"]) for n in range(5)]
+    model, adapters = double()
+    optimizer = fused(adapters)
+    train = SimpleNamespace(schedule="cosine", max_grad_norm=1.0)
+    shop: Any = SimpleNamespace(
+        config=SimpleNamespace(train=train),
+        model=model,
+        adapters=adapters,
+        optimizer=optimizer,
+        plan=range(5),
+        graphs=None,
+    )
+    steps, found = Steps(shop, iter(batches), num_warmup=1), []
+    for step in range(5):
+        stats, lr = steps.take(step, alone=step in alone or step == 4)
+        assert (steps.next is None) == (step in alone or step in (0, 4)) or step == 0
+        found.append((stats.loss, stats.grad_norm, lr))
+    other, others = double()
+    optimizer = fused(others)
+    for step, (batch, seen) in enumerate(zip(batches, found)):
+        lr = set_rates(optimizer, rate_factor("cosine", step, 5, 1))
+        stats = train_step(other, others, optimizer, batch, step=step, num_steps=5, max_norm=1.0)
+        assert (stats.loss, stats.grad_norm, lr) == seen
+    for name, value in moved(others).items():
+        assert torch.equal(moved(adapters)[name], value)
+
+
+def test_a_step_that_cannot_be_queued_fails_after_the_one_before_it_is_told() -> None:
+    model, adapters = double()
+    optimizer = fused(adapters)
+    train = SimpleNamespace(schedule="constant", max_grad_norm=None)
+    shop: Any = SimpleNamespace(
+        config=SimpleNamespace(train=train),
+        model=model,
+        adapters=adapters,
+        optimizer=optimizer,
+        plan=range(9),
+        graphs=None,
+    )
+    good = pack(examples(3), pad_id=256, **SPLITS["packed"])
+    steps = Steps(shop, iter([good, good]), num_warmup=0)
+    steps.take(0, alone=False)
+    assert math.isfinite(steps.take(1, alone=False)[0].loss)  # there is no third
+    with pytest.raises(StopIteration):
+        steps.take(2, alone=False)
 
 
 class Spare(nn.Module):

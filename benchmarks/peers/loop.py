@@ -61,10 +61,10 @@ class OwnStep:
     """The step of a peer that brings one, which clips and so knows its gradient norm."""
 
     def __init__(self, peer: Any, device: str) -> None:
-        self.peer, self.norms = peer, list[float]()
+        self.peer, self.norms = peer, list[Any]()  # read when all is over
         self.params = [p for p in peer.model.parameters() if p.requires_grad] + list(peer.trained())
 
-    def __call__(self, batch: Any) -> float:
+    def __call__(self, batch: Any) -> Any:
         loss, norm = self.peer.step(batch)
         self.norms.append(norm)
         return loss
@@ -105,8 +105,8 @@ def measure(peer: Any, a: argparse.Namespace, r: argparse.Namespace) -> dict[str
         "peak_reserved_gb": round(reserved / 1e9, 3) if cuda else None,
         "loss0": finite(losses[0]),
         "lossN": finite(losses[-1]),
-        "grad_norm0": finite(step.norms[0] if own else first_norm),
-        "grad_normN": finite(step.norms[-1] if own else step.norm(used[-1])),
+        "grad_norm0": finite(float(step.norms[0]) if own else first_norm),
+        "grad_normN": finite(float(step.norms[-1]) if own else step.norm(used[-1])),
         "finite": all(map(math.isfinite, losses)),
         "params_without_grad": step.without_grad,
         "trainable_params": sum(p.numel() for p in step.params),

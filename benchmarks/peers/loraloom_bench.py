@@ -41,6 +41,28 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+class Late:
+    """A step whose numbers may still be on their way."""
+
+    def __init__(self, queued: Any) -> None:
+        self.queued, self.stats = queued, None
+
+    def settle(self) -> Any:
+        if self.stats is None:
+            self.stats = self.queued.settle()
+        return self.stats
+
+
+class Number:
+    """A number of such a step, for who waits for it."""
+
+    def __init__(self, late: Late, name: str) -> None:
+        self.late, self.name = late, name
+
+    def __float__(self) -> float:
+        return float(getattr(self.late.settle(), self.name))
+
+
 class Loraloom:
     name, site = "loraloom", ()
 
@@ -69,6 +91,7 @@ class Loraloom:
         from loraloom.workshop import spec_of
 
         self.a, self.notes, self.number, self.without_grad = a, list[str](), 0, 0
+        self.last: Late | None = None
         self.recompute = "full" if a.checkpoint != "off" and a.recompute == "none" else a.recompute
         config = self.config = settings(a, self.recompute)
         device = self.device = torch.device(a.device)
@@ -141,21 +164,30 @@ class Loraloom:
             made = batch([[(n, Made(part))] for n, part in enumerate(parts)], 0)
         return {"batch": made.to(self.device), "real": b["real"], "slots": made.ids.numel()}
 
-    def step(self, b: dict[str, Any]) -> tuple[float, float]:
-        from loraloom.step import train_step
+    def step(self, b: dict[str, Any]) -> tuple[Number, Number]:
+        """One step, queued before the numbers of the one before it are read, as in a run."""
+        from loraloom.step import queue_step
 
-        stats = train_step(
-            self.model,
-            self.adapters,
-            self.optimizer,
-            [b["batch"]],
-            step=self.number,
-            num_steps=FOREVER,
-            max_norm=self.config.train.max_grad_norm,
-            inspect=self.look if self.number == 0 else None,
+        before = self.last
+        late = Late(
+            queue_step(
+                self.model,
+                self.adapters,
+                self.optimizer,
+                [b["batch"]],
+                step=self.number,
+                num_steps=FOREVER,
+                max_norm=self.config.train.max_grad_norm,
+                inspect=self.look if self.number == 0 else None,
+                after=None if before is None or before.stats is not None else before.queued,
+            )
         )
-        self.number += 1
-        return stats.loss, stats.grad_norm
+        if before is not None:
+            before.settle()
+        if not late.queued.moved:
+            late.settle()
+        self.number, self.last = self.number + 1, late
+        return Number(late, "loss"), Number(late, "grad_norm")
 
     def look(self) -> None:
         self.without_grad = sum(p.grad is None for p in self.trained())

@@ -51,6 +51,17 @@ def accumulate(
     return loss
 
 
+class Queued:
+    """A step whose work is queued on the device; `settle` waits for its numbers.
+
+    moved  whether the optimizer's step is queued with it: the next step may be queued before this one is settled
+    bad    on the device: whether this step, or one before it that nobody has settled, is not finite
+    """
+
+    def __init__(self, moved: bool, bad: Tensor, settle: Callable[[], StepStats]) -> None:
+        self.moved, self.bad, self.settle = moved, bad, settle
+
+
 def train_step(
     model: nn.Module,
     adapters: Adapters,
@@ -63,7 +74,39 @@ def train_step(
     inspect: Callable[[], None] | None = None,
     backward: Backward = accumulate,
 ) -> StepStats:
-    """Take one optimizer step over a list of micro-batches.
+    """Take one optimizer step over a list of micro-batches: queue it and wait for its numbers.
+
+    raises  ValueError if no token carries loss; NonFinite if the loss or the gradient is not finite. In both
+            cases no weight has moved
+    """
+    queued = queue_step(
+        model,
+        adapters,
+        optimizer,
+        batches,
+        step=step,
+        num_steps=num_steps,
+        max_norm=max_norm,
+        inspect=inspect,
+        backward=backward,
+    )
+    return queued.settle()
+
+
+def queue_step(
+    model: nn.Module,
+    adapters: Adapters,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Batch],
+    *,
+    step: int,
+    num_steps: int,
+    max_norm: float | None,
+    inspect: Callable[[], None] | None = None,
+    backward: Backward = accumulate,
+    after: Queued | None = None,
+) -> Queued:
+    """Queue one optimizer step over a list of micro-batches.
 
     The loss is summed over tokens and divided by the targets of the whole step, so one batch of 8 rows and
     four of 2 rows give the same gradient.
@@ -71,10 +114,9 @@ def train_step(
     step      optimizer steps before this one, of num_steps in all
     inspect   called with the gradients in place, before anything moves
     backward  another way to do what `accumulate` does
+    after     the step before, if it moved and is not settled yet: were it not finite, this one moves nothing either
 
     shapes  batch.ids, .labels, .position are (B, T) int64; B and T may differ between batches
-    raises  ValueError if no token carries loss; NonFinite if the loss or the gradient is not finite. In both
-            cases no weight has moved
     source  tests/test_train.py: splitting a step changes nothing
     """
     targets = sum(batch.targets for batch in batches)  # counted by the packer, on the host
@@ -89,49 +131,81 @@ def train_step(
             penalty.backward()
 
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    limit = math.inf if max_norm is None else max_norm
-    grad_norm = nn.utils.clip_grad_norm_(parameters, limit)
-    tokens = sum(stop - start for batch in batches for _, start, stop in batch.spans)
-    early = inspect is None and guards(optimizer, adapters)
-    if early:  # queued at once: the device itself leaves the weights alone where a number is not finite
-        optimizer.found_inf = (~(loss + grad_norm).isfinite()).float()  # type: ignore[attr-defined]
+    grad_norm = nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm)
+    bad = ~(loss + grad_norm).isfinite()
+    bad = bad if after is None else bad | after.bad
+    moved = inspect is None and guards(optimizer, adapters)
+    if moved:  # the device itself leaves the weights alone where a number is not finite
+        optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
         optimizer.step()
         del optimizer.found_inf  # type: ignore[attr-defined]
-    nats, norm = numbers(loss, grad_norm)  # the one host sync of the step
-    stats = StepStats(nats, norm, targets, tokens)
-    if not (math.isfinite(stats.loss) and math.isfinite(stats.grad_norm)):
         optimizer.zero_grad(set_to_none=True)
-        raise broken_step(model, adapters, batches, step, stats)
+    read = numbers(loss, grad_norm)
+
+    def settle() -> StepStats:
+        nats, norm = read()  # the one wait of the step
+        tokens = sum(stop - start for batch in batches for _, start, stop in batch.spans)
+        stats = StepStats(nats, norm, targets, tokens)
+        if not (math.isfinite(nats) and math.isfinite(norm)):
+            optimizer.zero_grad(set_to_none=True)
+            raise broken_step(model, adapters, batches, step, stats)
+        if not moved:
+            move(adapters, optimizer, step, num_steps, inspect)
+        return stats
+
+    return Queued(moved, bad, settle)
+
+
+def move(
+    adapters: Adapters,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    num_steps: int,
+    inspect: Callable[[], None] | None,
+) -> None:
+    """What follows a gradient that is known to be finite."""
     if inspect is not None:
         inspect()
-
-    if not early:
-        for adapter in active(adapters):
-            adapter.method.before_step(list(adapter.sites.values()), step)
-        optimizer.step()
+    for adapter in active(adapters):
+        adapter.method.before_step(list(adapter.sites.values()), step)
+    optimizer.step()
     for adapter in active(adapters):
         adapter.method.after_step(list(adapter.sites.values()), step, num_steps)
     optimizer.zero_grad(set_to_none=True)
-    return stats
 
 
 # =============================================================================================================
 
 
 def guards(optimizer: torch.optim.Optimizer, adapters: Adapters) -> bool:
-    """Whether the optimizer can be told on the device not to move, and nothing must look at gradients before it."""
-    own = any(type(one.method).before_step is not Method.before_step for one in active(adapters))
+    """Whether the optimizer can be told on the device not to move, and no method must look on before or after."""
+    own = any(
+        getattr(type(one.method), hook) is not getattr(Method, hook)
+        for one in active(adapters)
+        for hook in ("before_step", "after_step")
+    )
     groups = optimizer.param_groups
     return (
         not own and isinstance(optimizer, torch.optim.AdamW) and all(group.get("fused") for group in groups)
     )
 
 
-def numbers(*values: Tensor) -> list[float]:
-    """Numbers that stand on the device, brought to the host in one copy."""
+def numbers(*values: Tensor) -> Callable[[], list[float]]:
+    """Start to bring numbers from the device to the host, in one copy; the call waits for them."""
     device = values[0].device
     together = torch.stack([value.to(device, torch.float64) for value in values])
-    return [value.item() for value in together.cpu()]
+    if device.type != "cuda":
+        return together.tolist
+    host = torch.empty(len(values), dtype=torch.float64, pin_memory=True)
+    host.copy_(together, non_blocking=True)
+    there = torch.cuda.Event()
+    there.record(torch.cuda.current_stream(device))
+
+    def wait() -> list[float]:
+        there.synchronize()
+        return host.tolist()
+
+    return wait
 
 
 def active(adapters: Adapters) -> list[Any]:

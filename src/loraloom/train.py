@@ -19,7 +19,7 @@ from .packing import Batch, pack
 from .prefetch import Ahead
 from .rundir import Run
 from .samples import answer_prompts
-from .step import StepStats, accumulate, check_gradients, train_step
+from .step import Queued, StepStats, accumulate, check_gradients, queue_step
 from .workshop import Workshop, method_of
 
 TELL_SECONDS = 2.0  # between records of the step in run.json: each waits for the disk
@@ -39,14 +39,17 @@ def train_loop(shop: Workshop, run: Run, progress: Progress, listen: Callable[[s
         evaluate_now(shop, run, progress, listen)
     elif progress.waited_enough(config.early_stop):  # killed after its last checkpoint
         return "stopped_early"
-    steps = range(progress.step, num_steps)
-    with asked_to_stop() as stop, Ahead(packer(shop), steps, shop.loaded.device) as ahead:
+    left = range(progress.step, num_steps)
+    with asked_to_stop() as stop, Ahead(packer(shop), left, shop.loaded.device) as ahead:
+        steps = Steps(shop, ahead, num_warmup)
         while progress.step < num_steps:
             began = time.monotonic()
-            lr = set_rates(shop.optimizer, rate_factor(config.schedule, progress.step, num_steps, num_warmup))
-            stats = take_step(shop, next(ahead), progress.step)
-            progress.step += 1
-            record = step_record(progress.step, stats, lr, time.monotonic() - began)
+            number = progress.step + 1
+            seen = number == num_steps or (shop.evaluates and number % shop.eval_every == 0)
+            seen = seen or due_now(config.save_every, config.save_minutes, number, last_saved) or stop.asked
+            stats, lr = steps.take(progress.step, alone=seen)
+            progress.step = number
+            record = step_record(number, stats, lr, time.monotonic() - began)
             if config.compile:
                 record["compile_seconds"] = compile_seconds()  # so far
             run.log(record)
@@ -58,32 +61,62 @@ def train_loop(shop: Workshop, run: Run, progress: Progress, listen: Callable[[s
                 evaluate_now(shop, run, progress, listen)
             ended = finished or progress.waited_enough(config.early_stop)
             due = due_now(config.save_every, config.save_minutes, progress.step, last_saved)
-            if due or ended or stop.asked:
+            saves = (due or ended or stop.asked) and steps.next is None
+            if saves:
                 listen("checkpoint", save_checkpoint(shop, run, progress))
                 last_saved = time.monotonic()
-            if due or ended or stop.asked or time.monotonic() - last_told > TELL_SECONDS:
+            if saves or time.monotonic() - last_told > TELL_SECONDS:
                 run.update(step=progress.step)
                 last_told = time.monotonic()
-            if stop.asked and not finished:
+            if stop.asked and saves and not finished:
                 return "interrupted"
             if ended:
                 return "done" if finished else "stopped_early"
     return "done"
 
 
-def take_step(shop: Workshop, batches: Sequence[Batch], step: int) -> StepStats:
-    """The optimizer step after `step` others."""
-    return train_step(
-        shop.model,
-        shop.adapters,
-        shop.optimizer,
-        batches,
-        step=step,
-        num_steps=len(shop.plan),
-        max_norm=shop.config.train.max_grad_norm,
-        inspect=(lambda: check_gradients(shop.adapters)) if step == 0 else None,
-        backward=shop.graphs or accumulate,
-    )
+class Steps:
+    """The steps of a run in order. Where nothing need be seen between two of them, the next one is queued on the GPU
+    before the numbers of this one are read: the GPU does not wait for the host."""
+
+    def __init__(self, shop: Workshop, batches: Iterator[Sequence[Batch]], num_warmup: int) -> None:
+        self.shop, self.batches, self.num_warmup = shop, batches, num_warmup
+        self.next: tuple[Queued, float] | None = None  # queued, and not settled
+        self.failed: Exception | None = None  # what queueing it has raised
+
+    def take(self, step: int, *, alone: bool) -> tuple[StepStats, float]:
+        """The numbers of the step after `step` others, and its rate.
+
+        alone  queue no other step behind it: its weights will be looked at
+        """
+        if self.failed is not None:
+            raise self.failed
+        queued, lr = self.next or self.queue(step, None)
+        self.next = None
+        if queued.moved and not alone:
+            try:
+                self.next = self.queue(step + 1, queued)
+            except Exception as error:  # it is the next step's, and this one is still to be told
+                self.failed = error
+        return queued.settle(), lr
+
+    def queue(self, step: int, after: Queued | None) -> tuple[Queued, float]:
+        shop, num_steps = self.shop, len(self.shop.plan)
+        schedule = shop.config.train.schedule
+        lr = set_rates(shop.optimizer, rate_factor(schedule, step, num_steps, self.num_warmup))
+        queued = queue_step(
+            shop.model,
+            shop.adapters,
+            shop.optimizer,
+            next(self.batches),
+            step=step,
+            num_steps=num_steps,
+            max_norm=shop.config.train.max_grad_norm,
+            inspect=(lambda: check_gradients(shop.adapters)) if step == 0 else None,
+            backward=shop.graphs or accumulate,
+            after=after,
+        )
+        return queued, lr
 
 
 def packer(shop: Workshop) -> Callable[[int], list[Batch]]:
