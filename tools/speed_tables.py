@@ -173,12 +173,11 @@ def profile() -> str:
             line += [cell(one["groups_ms"].get(group)), cell(least)]
         lines.append(line)
     lines.append(["idle", *(text for one in profiles for text in (cell(one["idle_ms"]), ""))])
-    totals = [(one["span_ms"], sum(one["floor_ms"].values())) for one in profiles]
+    totals = [(one["measured"]["step_ms"], sum(one["floor_ms"].values())) for one in profiles]
     lines.append(["**all**", *(f"**{ms:.1f}**" for pair in totals for ms in pair)])
     names = [", ".join(setting(one["setting"])) for one in profiles]
     head = ["ms of a step", *(text for name in names for text in (name, "floor"))]
-    steps = [f"{name}: {one['measured']['step_ms']:.1f} ms" for name, one in zip(names, profiles)]
-    return f"{table(head, lines, record)}\n\nWithout the profiler a step takes {'; '.join(steps)}. {record['what']}."
+    return f"{table(head, lines, record)}\n\n{record['what']}."
 
 
 def setting(found: dict[str, Any]) -> list[str]:
