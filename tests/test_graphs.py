@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from tiny_models import causal
 from torch.nn.functional import pad
 
 import loraloom.model  # noqa: F401  it registers attention by documents
+from loraloom import graphs as graphs_file
 from loraloom import methods
 from loraloom.adapt import Adapters
 from loraloom.adapter import AdapterSpec
@@ -252,6 +254,65 @@ def test_a_pass_that_cannot_be_recorded_runs_as_ever_and_says_why() -> None:
         train(*double("gpt2"), ready, Graphs(Broken(), pad_id=PAD, strict=True))
 
 
+class Full(Again):
+    """Memory for one recording; the second breaks off, which ending it turns into another error."""
+
+    def record(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        if self.recorded:
+            try:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            finally:
+                raise RuntimeError("operation failed due to a previous error during capture")
+        return super().record(run)
+
+
+class FullAtOnce(Again):
+    def warm(self, run: Callable[[], torch.Tensor]) -> None:
+        run()
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+@pytest.mark.parametrize("recorder", [Full, FullAtOnce])
+def test_a_recording_without_memory_gives_way_to_passes_as_ever(
+    recorder: type[Again], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released: list[bool] = []
+    monkeypatch.setattr(graphs_file, "release_buffers", lambda: released.append(True))
+    plain = [packed(6), packed(14, micro_tokens=512, seed=3), packed(6, seed=1)]
+    graphs = Graphs(recorder(), pad_id=PAD)
+    ready = [[graphs.pad(batch) for batch in step] for step in plain]
+    assert len({shape_of(batch) for step in ready for batch in step}) > 1
+    close(train(*double("gpt2"), plain), train(*double("gpt2"), ready, graphs))
+    assert graphs.stopped is not None
+    assert "a pass cannot be recorded" in graphs.stopped
+    assert not graphs.kept  # their memory is given back
+    assert released == [True]
+    with pytest.raises(RuntimeError, match=r"out of memory|previous error"):
+        train(*double("gpt2"), ready, Graphs(recorder(), pad_id=PAD, strict=True))
+
+
+def test_what_follows_waits_for_a_pass_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[tuple[str, str]] = []
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: Stream) -> None:
+            waits.append((self.name, other.name))
+
+    def fail() -> torch.Tensor:
+        raise RuntimeError("a warm pass")
+
+    recorder = CudaRecorder.__new__(CudaRecorder)
+    recorder.device, recorder.stream = torch.device("cuda"), Stream("side")  # type: ignore[assignment]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("main"))
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    with pytest.raises(RuntimeError, match="a warm pass"):
+        recorder.warm(fail)
+    assert waits == [("side", "main"), ("main", "side")]
+
+
 def test_rows_that_break_a_replayed_step_are_named() -> None:
     model, adapters = double("gpt2")
     rows = examples(6)
@@ -285,8 +346,12 @@ def test_what_speaks_against_graphs_is_said() -> None:
 
     assert "this run is on cpu" in str(graph_reason(adapters, CONFIG, model, torch.device("cpu")))
     assert "data.packing" in str(why(**{"data.packing": False}))
+    assert "train.micro_tokens=fit" in str(why(**{"train.micro_tokens": "fit"}))
+    assert "train.micro_tokens=fit" in str(graph_reason(adapters, CONFIG, model, gpu, fitted=True))
     assert "in attention sdpa" in str(why())
     model.set_attn_implementation(NAME)
+    assert str(why()).endswith("takes 16 bits, and the model is in float64")
+    model.bfloat16()
     assert "own logits" in str(why()) or why() is None
     assert adapters_reason(adapters) is None
     for spec, words in (
@@ -301,7 +366,7 @@ def test_what_speaks_against_graphs_is_said() -> None:
 
 def test_the_setting_is_honoured_or_refused() -> None:
     cpu = torch.device("cpu")
-    assert make_graphs(False, None, cpu, pad_id=0, tokens=100) == (None, "as set")
+    assert make_graphs(False, None, cpu, pad_id=0, tokens=100) == (None, "train.graphs=auto turns them on")
     assert make_graphs("auto", "a reason", cpu, pad_id=0, tokens=100) == (None, "a reason")
     made, words = make_graphs("auto", None, cpu, pad_id=0, tokens=5000)
     assert made is None

@@ -25,7 +25,7 @@ LAYERS = [
     ["methods"],
     ["targets", "casts", "flow", "bank", "overlay", "forwards", "merging", "adapter", "refusals", "making"],
     ["adapt", "dressing", "head", "nll"],
-    ["frozen", "group", "decoder", "fast"],
+    ["frozen", "group", "decoder", "likeness", "fast"],
     [
         "adapter_files",
         "peft_types",

@@ -276,6 +276,42 @@ def test_a_layer_gets_its_own_forward_back() -> None:
     assert all("forward" not in vars(layer) for layer in layers)
 
 
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("tier", ["full", "offload"])
+def test_detaching_takes_recomputation_off_and_lets_the_shelf_go(tier: str, fast: bool) -> None:
+    adapters = adapted("llama")
+    model: Any = adapters.model
+    if fast:
+        model.set_attn_implementation(NAME)
+        fuse(adapters, TrainConfig(fast=True), gpu=False)
+        assert len(adapters.fast) == 2
+    apply(model, adapters, tier)
+    shelf = model.model.layers[0].forward.shelf
+    two_steps(adapters)
+    gone = [weakref.ref(piece) for piece in shelf.free] if shelf else []
+    assert bool(gone) == (tier == "offload")
+    del shelf
+    adapters.detach()
+    assert not adapters.undo
+    assert all("forward" not in vars(module) for module in model.modules())
+    gc.collect()
+    assert all(ref() is None for ref in gone)
+    attach(model, r=2).detach()
+
+
+def test_a_tier_that_someone_still_holds_is_off() -> None:
+    adapters = adapted("llama")
+    apply(adapters.model, adapters, "offload")
+    layer = adapters.model.model.layers[0]
+    inside = layer.forward
+    layer.forward = lambda *args, **kwargs: inside(*args, **kwargs)  # someone's own code around it
+    apply(adapters.model, adapters, "none")
+    assert not adapters.undo
+    assert (inside.released, inside.shelf) == (True, None)
+    want = two_steps(adapted("llama"))[0]
+    assert two_steps(adapters)[0] == want
+
+
 def test_generation_and_caches_pass_through() -> None:
     adapters = adapted("llama")
     adapters.eval()

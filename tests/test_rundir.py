@@ -211,3 +211,10 @@ def test_reading_a_run_does_not_import_torch() -> None:
     code += "print(json.dumps([n for n in ('torch', 'transformers', 'matplotlib', 'jinja2') if n in sys.modules]))"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(answer.stdout) == []
+
+
+def test_a_run_from_before_a_key_was_renamed_can_be_read(tmp_path: Path) -> None:
+    text = "model: {id: m}\ndata: {train: [{path: d}]}\noutput: o\ntrain: {gradient_checkpointing: %s}\n"
+    for old, new in (("true", "full"), ("false", "none")):
+        (tmp_path / "config.resolved.yaml").write_text(text % old, encoding="utf-8")
+        assert Run(tmp_path).config.train.recompute == new

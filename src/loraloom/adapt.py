@@ -6,7 +6,7 @@ replaced on that one instance, and given back on detach.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,6 +49,7 @@ class Adapters:
         self._text = Text()
         self._pristine = Pristine()
         self.fast: list[Any] = []  # fused decoder layers, if fast.engage() was called
+        self.undo: dict[str, Callable[[], None]] = {}  # by who put something on the model: takes it off
         self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         model.requires_grad_(False)
         self._hook = model.register_forward_pre_hook(self._see, with_kwargs=True)
@@ -107,6 +108,8 @@ class Adapters:
         self.adapters.pop(name, None)
         self.flow.seeds.pop(name, None)
         self._forwards.forget(name)
+        for layer in self.fast:
+            layer.forget()
 
     def detach(self) -> None:
         """Take everything off: the model is again what it was, bit for bit."""
@@ -114,6 +117,8 @@ class Adapters:
         self.unfuse()
         for name in list(self.adapters):
             self.remove(name)
+        while self.undo:
+            self.undo.popitem()[1]()
         self._hook.remove()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))
@@ -297,6 +302,7 @@ class Adapters:
             yield
         finally:
             self._explicit, self.flow.token_BT = False, None
+            self.flow.keys.clear()
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -319,6 +325,8 @@ class Adapters:
         finally:
             for bank in self.banks.values():
                 bank.held = None
+            for layer in self.fast:
+                layer.forget()
             for _, leaf in pairs:
                 leaf.register_hook(too_late)
 

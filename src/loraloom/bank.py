@@ -272,9 +272,24 @@ class Bank:
             token, owner = torch.broadcast_tensors(token, owner)
             rate = torch.tensor([*compute.rates, 0.0], dtype=torch.float64, device=x.device)[owner]
             seed = torch.tensor([*seeds, 0], device=x.device)[owner]
-        key = token_key(token, seed=seed, step=self.flow.clock, group=self.group)
+        if isinstance(seed, int):
+            key = self.key(token, seed)
+        else:
+            key = token_key(token, seed=seed, step=self.flow.clock, group=self.group)
         dropped = keyed_dropout(features, key, rate)
         return self.layer.unlast(dropped)
+
+    def key(self, token: Tensor, seed: int) -> Tensor:
+        """The tokens' keys of one adapter, made once for all layers that share the input, forward and backward."""
+        flow, place = self.flow, (self.group, seed)
+        made_for, key = flow.keys.get(place, (None, token))
+        own = (flow.clock, flow.token_BT, token.shape, token.device)
+        if made_for is None or any(
+            a is not b and (isinstance(b, Tensor) or a != b) for a, b in zip(made_for, own)
+        ):
+            key = token_key(token, seed=seed, step=flow.clock, group=self.group)
+            flow.keys[place] = own, key
+        return key
 
     # ---- holding: compute once a step -------------------------------------------------------------------
 

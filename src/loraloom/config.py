@@ -124,6 +124,18 @@ def resolve(
     return config, {name: origins.get(name, origin_above(name, origins)) for name in every}
 
 
+def read_stored(path: Path) -> RunConfig:
+    """The settings of a run folder, also of one from before a key got its present name.
+
+    raises  UserError as `resolve` does
+    """
+    tree, lines = read_file(path)
+    train = tree.get("train")
+    if isinstance(train, dict) and "gradient_checkpointing" in train:
+        train["recompute"] = "full" if train.pop("gradient_checkpointing") else "none"
+    return validate(tree, file=path, lines=lines)
+
+
 def read_file(path: Path | str) -> tuple[dict[str, Any], dict[str, int]]:
     """A YAML file as a tree with the short forms written out, and the line of each dotted name.
 

@@ -20,6 +20,7 @@ ELSEWHERE = {  # what other tools call our settings
     "num_train_epochs": "train.epochs",
     "gradient_accumulation_steps": "train.batch_size",
     "max_seq_length": "data.max_length",
+    "gradient_checkpointing": "train.recompute (full for true, none for false)",
 }
 
 

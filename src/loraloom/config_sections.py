@@ -55,6 +55,12 @@ class ModelConfig(Section):
         64, description="weights that share a scale in 4 bits"
     )
 
+    @model_validator(mode="after")
+    def blocks_are_of_4_bits(self) -> ModelConfig:
+        if self.quantize == "fp8" and self.quant_block != 64:
+            raise ValueError("quant_block is for 4 bits: fp8 has one scale an output channel")
+        return self
+
 
 class Source(Section):
     """One data set among several."""

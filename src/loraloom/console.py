@@ -57,7 +57,7 @@ class TrainView:
         """Once, before the first step: what will be done, with the reasons."""
         self.steps = len(shop.plan)
         for name, text in facts(shop):
-            err.print(Text(f" {name:<9}", style="bold") + Text(text))
+            err.print(Text(f" {name:<10}", style="bold") + Text(text))
         if not self.plain:
             columns = (TextColumn(" step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
             self.bar = Progress(*columns, TextColumn("{task.fields[now]}"), console=err, transient=True)
@@ -181,7 +181,7 @@ def show_merge(result: Any) -> None:
     verify.render(result.verification, out)
     if (known := result.trained) is not None:
         agree = f"top-1 agree {as_share(known.top1_agreement)}, mean KL {known.mean_kl:.2g}"
-        out.print(Text(f" against the adapter on the 4-bit base of its training (not judged): {agree}"))
+        out.print(Text(f" against the adapter on the quantised base of its training (not judged): {agree}"))
 
 
 def worst(layers: Any, count: int = 5) -> list[tuple[str, float | None, float, float]]:

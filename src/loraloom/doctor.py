@@ -21,6 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .errors import UserError
+
 GB = 1e9
 LOW_DISK = 5 * GB
 CORE = ("torch", "transformers", "safetensors", "huggingface_hub", "pydantic", "rich")
@@ -221,7 +223,11 @@ def examine_model(name: str, *, online: bool = False) -> list[Check]:
     from .trace import Shapes
 
     config = resolve(None, {"model": name, "data": "none", "output": "none"})[0]
-    folder = folder_of(config, offline=not online)
+    try:
+        folder = folder_of(config, offline=not online)
+    except UserError as error:
+        error.hint = error.hint if online else "add --online to fetch its config.json"
+        raise
     shape, meta = read_shape(folder), torch.device("meta")
     model = meta_model(shape, dtype=torch.bfloat16)
     with Shapes():
@@ -230,7 +236,9 @@ def examine_model(name: str, *, online: bool = False) -> list[Check]:
         with meta:
             adapters = attach(model)
     lines = engage(adapters)
-    eight = use_fp8(quantize_model(meta_model(shape, dtype=torch.bfloat16), "nf4"), True, meta)
+    coded = quantize_model(meta_model(shape, dtype=torch.bfloat16), "nf4")
+    eight = use_fp8(coded, True, meta)
+    taken = any(getattr(p, "fp8", False) for p in coded.parameters())
     fused = lines[0].removeprefix("fused layers: ")
     return [
         Check(
@@ -244,7 +252,7 @@ def examine_model(name: str, *, online: bool = False) -> list[Check]:
         Check("loss", "in chunks" if whole is None else "from whole logits", None, whole or ""),
         Check(
             "8-bit products",
-            "some" if eight else "every linear layer",
+            "every linear layer" if not eight else "some" if taken else "none",
             None,
             "; ".join(eight) or "once quantised",
         ),

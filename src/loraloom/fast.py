@@ -10,39 +10,30 @@ source  tests/test_fast.py: values and gradients equal to the layers' own code, 
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from collections.abc import Callable
 from inspect import signature
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import attention
 from .adapt import Adapters
 from .attention import DocumentMask, Watch, attend, first_line, mask_of, takes_documents
-from .bank import Bank
 from .decoder import After, Before, Parts
 from .frozen import Frozen
 from .group import Group
-from .kernels.block import turned
+from .kernels.block import WIDEST, turned
+from .likeness import Unlike, act_of, decoder_blocks, drops, heads_of, linears, norm_weight, window_of
 from .methods.base import LowRank, Site
-from .overlay import Overlay
 from .packing import Documents
 from .products8 import plain_products
 from .quant import Weight4
-from .targets import layer_number
 
 CLOSE = 8  # roundings of the dtype that a probe may be off by, relative to the largest output
 FAR = (
     2**24
 )  # a position that no text has: a layer that reads more from positions than its angles shows it there
-
-
-class Unlike(Exception):
-    """Why a layer is not taken, in words."""
 
 
 class FastLayer:
@@ -70,7 +61,8 @@ class FastLayer:
             return self.own(hidden_states, *args, **kwargs)
         shape = hidden_states.shape
         cos, sin = (flat(one, shape) for one in angles)
-        return self.run(hidden_states.reshape(-1, shape[-1]), cos, sin, mask.documents).view(shape)
+        x = hidden_states.reshape(-1, shape[-1]).contiguous()  # kernels take whole rows
+        return self.run(x, cos, sin, mask.documents).view(shape)
 
     def takes(self, x: Tensor, angles: Any, kwargs: dict[str, Any]) -> bool:
         """Whether this call is one that the fused code makes."""
@@ -101,6 +93,12 @@ class FastLayer:
             if self._verdict[1] is not None:
                 return self._verdict[1]
         return None if flow.mask_BMK is None else "rows or tokens have different adapters"
+
+    def forget(self) -> None:
+        """Keep nothing of the adapters that were in use."""
+        self._verdict = None, None
+        for group in self.parts.groups():
+            group.forget()
 
     def examine(self, name: str) -> str | None:
         known = [key for group in self.parts.groups() for key in group.names]
@@ -149,7 +147,7 @@ class FastLayer:
 
 def flat(angle: Tensor, shape: torch.Size) -> Tensor:
     """cos or sin (B or 1, T, E) for all tokens in one line."""
-    return angle.expand(shape[0], -1, -1).reshape(-1, angle.shape[-1])
+    return angle.expand(shape[0], -1, -1).reshape(-1, angle.shape[-1]).contiguous()
 
 
 def against(site: Site) -> str | None:
@@ -177,13 +175,6 @@ def hooks_of(module: nn.Module) -> list[Any]:
     ]
 
 
-def window_of(attn: Any) -> int | None:
-    """How many keys a query sees, by the layer's own word."""
-    if hasattr(attn, "sliding_window"):
-        return attn.sliding_window
-    return getattr(attn.config, "sliding_window", None)
-
-
 # ---- which layers ---------------------------------------------------------------------------------------------------
 
 
@@ -209,7 +200,20 @@ def engage(adapters: Adapters, *, recompute: str = "none") -> list[str]:
         module.__dict__["forward"] = fast
         adapters.fast.append(fast)
     lines = [f"fused layers: {len(adapters.fast)} of {len(layers)}"]
-    return lines + [f"{count} with their own code: {why}" for why, count in told.items()]
+    lines += [f"{count} with their own code: {why}" for why, count in told.items()]
+    mixed = [group for fast in adapters.fast for group in fast.parts.groups() if mixes(group)]
+    if mixed:
+        names = ", ".join(name.rpartition(".")[2] for name in mixed[0].names)
+        lines.append(
+            f"{len(mixed)} merged products stay in 16 bits, where a part of them has no 8-bit ones: {names}"
+        )
+    return lines
+
+
+def mixes(group: Group) -> bool:
+    """Whether some parts of a product would be multiplied in 8 bits, and others would not."""
+    eight = [isinstance(weight, Weight4) and weight.fp8 for weight in group.frozen.weights()]
+    return any(eight) and not all(eight)
 
 
 def fused(module: nn.Module, name: str, adapters: Adapters, recompute: str) -> FastLayer:
@@ -233,15 +237,6 @@ def fused(module: nn.Module, name: str, adapters: Adapters, recompute: str) -> F
         fast.release()
         raise Unlike(why)
     return fast
-
-
-def decoder_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The modules that have attention, an MLP and a number."""
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if hasattr(module, "self_attn") and hasattr(module, "mlp") and layer_number(name + ".x") is not None
-    ]
 
 
 def parts_of(module: Any, name: str, adapters: Adapters, recompute: str) -> Parts:
@@ -270,10 +265,14 @@ def parts_of(module: Any, name: str, adapters: Adapters, recompute: str) -> Part
     kinds = {(one[0].weight.dtype, one[0].weight.device) for one in (qkv, gate_up, o, down)}
     if len(kinds) > 1:
         raise Unlike("its weights are kept in different dtypes")
+    if qkv[0].in_features > WIDEST:
+        raise Unlike(f"its width is over {WIDEST:,}")
+    if qkv[0].weight.dtype == torch.float64 and qkv[0].weight.is_cuda:
+        raise Unlike("the kernels take sums in float32")
     names = {id(one): path for path, one in module.named_modules(prefix=name)}
 
     def group(modules: list[nn.Linear]) -> Group:
-        return Group(Frozen(modules), [names[id(one)] for one in modules], lambda: adapters.banks)
+        return Group(Frozen(modules), [names[id(one)] for one in modules], adapters)
 
     act = act_of(mlp)
     weights = [norm_weight(norm) for norm in norms]
@@ -291,108 +290,6 @@ def parts_of(module: Any, name: str, adapters: Adapters, recompute: str) -> Part
     )
 
 
-def heads_of(attn: Any, qkv: list[nn.Linear], o: nn.Linear) -> tuple[tuple[int, int], int]:
-    """(H, G) and D.
-
-    raises  Unlike if attention is more than q, k, v, perhaps with a norm over each head, and their softmax
-    """
-    known = {"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm", "rotary_emb"}
-    more = [leaf for leaf, _ in attn.named_children() if leaf not in known]
-    if more:
-        raise Unlike(f"its attention has other parts: {', '.join(more)}")
-    if getattr(attn, "attn_logit_softcapping", None) or getattr(attn, "sinks", None) is not None:
-        raise Unlike("its attention caps its scores")
-    dim = getattr(attn, "head_dim", None)
-    sizes = [one.out_features for one in qkv]
-    if not isinstance(dim, int) or o.in_features % dim or (len(sizes) == 3 and sizes[1] != sizes[2]):
-        raise Unlike("its heads are not all of one width")
-    heads = o.in_features // dim
-    groups, rest = divmod(sum(sizes) - heads * dim, 2 * dim)
-    if rest or (len(sizes) == 3 and sizes[0] != heads * dim):
-        raise Unlike("its heads are not all of one width")
-    for norm in (getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)):
-        if norm is not None and tuple(getattr(norm, "weight", torch.empty(0)).shape) != (dim,):
-            raise Unlike("the norms of q and k are not over each head")
-    if other_turn(attn, dim):
-        raise Unlike("positions turn its heads in another way than Llama's")
-    return (heads, groups), dim
-
-
-@torch.no_grad()
-def other_turn(attn: Any, dim: int) -> bool:
-    """Whether the function that its file has for positions is another one than Llama's."""
-    made = getattr(sys.modules[type(attn).__module__], "apply_rotary_pos_emb", None)
-    x = torch.linspace(-1, 1, 2 * dim, device="cpu").view(2, dim)
-    angle = torch.linspace(0, 3, dim, device="cpu").view(2, dim // 2).repeat(1, 2)
-    cos, sin = angle.cos(), angle.sin()
-    try:
-        got = made(x[None, None], x[None, None], cos[None], sin[None])[0] if made else None
-    except (TypeError, RuntimeError, ValueError):
-        return False  # called in another way; a probe of the layer will tell
-    return got is not None and not torch.allclose(got[0, 0], turned(x[:, None], cos, sin)[:, 0], atol=1e-5)
-
-
-def drops(module: Any) -> bool:
-    """Whether a layer of the base drops values out, were it in train mode."""
-    rates = [one.p for one in module.modules() if isinstance(one, nn.Dropout)]
-    return any(rates) or bool(getattr(module.self_attn, "attention_dropout", 0.0))
-
-
-def linears(holder: Any, names: tuple[str, ...], whole: str | None = None) -> list[nn.Linear]:
-    """The linear layers of these names, or the one that has them all.
-
-    raises  Unlike if there are none, or they cannot be multiplied as one
-    """
-    if whole is not None and hasattr(holder, whole):
-        names = (whole,)
-    found = [getattr(holder, name, None) for name in names]
-    plain = [one for one in found if type(one) is nn.Linear]
-    if any(one is None for one in found):
-        raise Unlike(f"its {type(holder).__name__} has no {' and '.join(names)}")
-    if len(plain) != len(names):
-        raise Unlike(f"{'/'.join(names)} are not plain linear layers")
-    weights = [one.weight for one in plain]
-    kinds = {(w.codes.table if isinstance(w, Weight4) else None, w.dtype, w.device) for w in weights}
-    if len(kinds) > 1:
-        raise Unlike(f"{'/'.join(names)} are kept in different formats")
-    own = (one.__dict__.get("forward") for one in plain)
-    if any(one is not None and not isinstance(getattr(one, "__self__", None), Bank | Overlay) for one in own):
-        raise Unlike(f"the forward of {'/'.join(names)} was replaced")
-    return plain
-
-
-def norm_weight(norm: Any) -> tuple[Tensor, float]:
-    """The weight of an RMSNorm as it multiplies (Gemma's is one more than what it keeps), and its eps.
-
-    raises  Unlike for another kind of norm
-    """
-    eps = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", None)
-    weight = getattr(norm, "weight", None)
-    if eps is None or not isinstance(weight, Tensor) or getattr(norm, "bias", None) is not None:
-        raise Unlike(f"{type(norm).__name__} is no RMSNorm")
-    one_more = "Gemma" in type(norm).__name__
-    return (1.0 + weight.detach().float() if one_more else weight.detach()), float(eps)
-
-
-def act_of(mlp: Any) -> Any:
-    """Which activation the gate has, by what it computes.
-
-    raises  Unlike for one that the kernels do not have
-    """
-    own = getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", None)
-    if own is None:
-        raise Unlike("its MLP has no gate")
-    x = torch.linspace(-4, 4, 33, device="cpu")
-    known: dict[str, Callable[[Tensor], Tensor]] = {
-        "silu": F.silu,
-        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    }
-    for name, act in known.items():
-        if torch.allclose(own(x), act(x), atol=1e-5):
-            return name
-    raise Unlike(f"its MLP's activation is {type(own).__name__}")
-
-
 def other_output(fast: FastLayer) -> str | None:
     """A probe of the layer against its own code, the base alone; None if they agree."""
     frozen = fast.parts.qkv.frozen
@@ -400,6 +297,8 @@ def other_output(fast: FastLayer) -> str | None:
     attention._watches.append(watch)
     try:
         wanted, got = probe(fast)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever a layer makes of a call that it does not know
         return f"a probe of it failed: {first_line(error)}"
     finally:
@@ -418,7 +317,9 @@ def probe(fast: FastLayer) -> tuple[Any, Tensor]:
     """What a layer's own code and the fused one make of two short documents."""
     frozen, lengths = fast.parts.qkv.frozen, (11, 13)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 24, frozen.shape[1], generator=generator) / 64  # small beside what the layer adds to it
+    x = (
+        torch.randn(1, 24, frozen.shape[1], generator=generator) / 64
+    )  # small beside what the layer adds to it
     x = x.to(frozen.device, frozen.dtype)
     documents = Documents(torch.tensor([0, 11, 24], dtype=torch.int32, device=x.device), lengths)
     place = torch.cat([torch.arange(n) for n in lengths]).to(x.device)[None]

@@ -102,7 +102,8 @@ def least_recompute(predictor: Predictor, work: Workload, tokens: int, gpu: Gpu)
                 continue
             if one.found.needed <= gpu.bytes:
                 before = f"; {tried[-1][1]} would need {tried[-1][0] / 1e9:.1f}" if tried else ""
-                return one.name, f"needs {one.found.needed / 1e9:.1f} of the {room}{before}"
+                needs = f"a pass of {tokens:,} tokens needs {one.found.needed / 1e9:.1f}"
+                return one.name, f"{needs} of the {room}{before}"
             tried.append((one.found.needed, one.name))
     except UserError as error:
         return "none", error.message

@@ -22,6 +22,7 @@ class Flow:
     clock     steps, or forward passes where nobody counts steps: keys dropout too
     seen      `state()` of the last forward pass of the model
     casts     frozen tensors in the dtypes that layers compute in
+    keys      of dropout, by input and seed: what they were made for, and the keys of the tokens
     """
 
     active: tuple[str, ...] = ()
@@ -34,6 +35,7 @@ class Flow:
     seeds: dict[str, int] = field(default_factory=dict)
     seen: tuple[Any, ...] | None = None
     casts: Casts = field(default_factory=Casts)
+    keys: dict[tuple[int, int], tuple[Any, Tensor]] = field(default_factory=dict)
 
     def state(self) -> tuple[Any, ...]:
         """What a recomputation of the pass must find again."""

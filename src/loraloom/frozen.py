@@ -80,11 +80,14 @@ class Frozen:
     @property
     def moved(self) -> bool:
         """Whether the weights have got other memory since they were joined, as when a model changes its dtype."""
-        first = self.modules[0].weight
-        if self._whole is None or first.is_meta:
+        whole = self._whole
+        if whole is None or whole.is_meta:
             return False
-        rows = kept_rows(first)
-        return rows is None or first is not self._joined[0] or rows.data_ptr() != self._whole.data_ptr()
+        for weight, own, rows in zip(self.weights(), self._joined, self.rows):
+            held = kept_rows(weight)
+            if held is None or weight is not own or held.data_ptr() != whole[rows].data_ptr():
+                return True
+        return False
 
     def _share_scales(self) -> None:
         """One scale for each input channel of all parts: powers of two, so that no number changes."""

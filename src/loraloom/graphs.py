@@ -30,9 +30,10 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from .adapt import Adapters
-from .attention import takes_documents
+from .attention import HALF, takes_documents
 from .config import RunConfig
 from .errors import UserError
+from .head import hooked
 from .kernels.matmul_frozen import release_buffers
 from .methods.base import Method
 from .nll import why_whole_logits
@@ -149,12 +150,14 @@ class CudaRecorder:
     def warm(self, run: Run) -> None:
         here = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(here)
-        with torch.cuda.stream(self.stream):
-            run()  # compiles kernels and tries their variants, which may wait
-            with no_waiting():
-                for _ in range(WARM - 1):
-                    run()
-        here.wait_stream(self.stream)
+        try:
+            with torch.cuda.stream(self.stream):
+                run()  # compiles kernels and tries their variants, which may wait
+                with no_waiting():
+                    for _ in range(WARM - 1):
+                        run()
+        finally:
+            here.wait_stream(self.stream)  # a pass that fails leaves work behind too
 
     def record(self, run: Run) -> Run:
         release_buffers()  # those made while recording belong to the pool, which a graph keeps
@@ -300,37 +303,54 @@ class Graphs:
                 parameter.grad = gradient
             self.put_gradients()
             return self.recorder.record(run)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
             for parameter, gradient in zip(parameters, before):
                 parameter.grad = gradient
+            release_buffers()  # they may belong to the recording's pool, or to another stream
+            if out_of_memory(error):
+                if self.strict:
+                    raise
+                self.kept.clear()  # what runs eagerly cannot use the memory that graphs keep
             self.stopped = f"a pass cannot be recorded: {str(error).splitlines()[0]}"
             if self.strict:
                 raise refused(self.stopped) from error
             return None
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether it is that, or what ending a recording made of it."""
+    return any(isinstance(one, torch.OutOfMemoryError) for one in (error, error.__context__))
+
+
 # ---- whether ------------------------------------------------------------------------------------------------
 
 
-def graph_reason(adapters: Adapters, config: RunConfig, model: nn.Module, device: torch.device) -> str | None:
+def graph_reason(
+    adapters: Adapters, config: RunConfig, model: nn.Module, device: torch.device, *, fitted: bool = False
+) -> str | None:
     """None if a run's passes may be recorded, else why not. What only a pass shows is found at the first one.
 
     config  with what was `auto` decided
+    fitted  whether a pass has as many tokens as fit (train.micro_tokens=fit), which config says no more if decided
     """
     if device.type != "cuda":
         return f"this run is on {device}, which has no CUDA graphs"
     if not config.data.packing:
         return "rows of one example each have too many shapes (data.packing)"
+    if fitted or config.train.micro_tokens == "fit":
+        return "train.micro_tokens=fit leaves no room for the tokens that padding to a graph's shape adds"
     if not takes_documents(model):
         return f"in attention {attention_name(model)} a mask is made for each batch, which waits for the GPU"
+    dtype = next(model.parameters()).dtype
+    if dtype not in HALF:
+        name = str(dtype).removeprefix("torch.")
+        return f"attention without lengths on the host takes 16 bits, and the model is in {name}"
     why = why_whole_logits(model)
     if why is not None:
         return f"the loss takes the model's own logits, which waits for the GPU: {why}"
     if config.train.recompute == "offload":
         return "train.recompute=offload copies from host memory that others use meanwhile"
-    if any(hooks(module) for module in model.modules() if module is not model):
+    if any(hooked(module) for module in model.modules() if module is not model):
         return "hooks on the model's modules would not run again"
     return adapters_reason(adapters)
 
@@ -350,16 +370,6 @@ def adapters_reason(adapters: Adapters) -> str | None:
     if any(parameter._backward_hooks for parameter in adapters.parameters(name)):
         return "hooks on the adapter's tensors would not run again"
     return None
-
-
-def hooks(module: nn.Module) -> bool:
-    kinds = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    return any(map(bool, kinds))
 
 
 def attention_name(model: Any) -> str:
@@ -382,7 +392,7 @@ def make_graphs(
     raises  UserError if graphs are asked for and there is a reason against them
     """
     if wish is False:
-        return None, "as set"
+        return None, "train.graphs=auto turns them on"
     if why is not None:
         if wish is True:
             raise refused(why)

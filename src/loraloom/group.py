@@ -11,13 +11,14 @@ source  LoRA, arXiv:2106.09685, equation 3
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .adapt import Adapters
 from .bank import Bank, Compute
 from .flow import Flow
 from .frozen import Frozen
@@ -55,17 +56,15 @@ class Group:
     """A merged product of one layer.
 
     names  of its modules
-    held   the model's banks by module name, as they are at any time
     """
 
-    def __init__(self, frozen: Frozen, names: Sequence[str], held: Callable[[], Mapping[str, Bank]]) -> None:
-        self.frozen, self.names, self._banks = frozen, list(names), held
+    def __init__(self, frozen: Frozen, names: Sequence[str], adapters: Adapters) -> None:
+        self.frozen, self.names, self.adapters = frozen, list(names), adapters
         self._known: tuple[tuple[Compute | bool | None, ...], Wide] | None = None
 
     @property
     def banks(self) -> list[Bank | None]:
-        banks = self._banks()
-        return [banks.get(name) for name in self.names]
+        return [self.adapters.banks.get(name) for name in self.names]
 
     def pairs(self) -> tuple[list[Compute | None], list[Tensor]]:
         """What the layer's banks compute now, and the tensors that gradients flow into: A, B of each pair in order."""
@@ -94,6 +93,9 @@ class Group:
         made = self._make(computes, tensors)
         self._known = (key, made) if held else None
         return made
+
+    def forget(self) -> None:
+        self._known = None
 
     @torch.no_grad()
     def _make(self, computes: Sequence[Compute | None], tensors: Sequence[Tensor]) -> Wide:

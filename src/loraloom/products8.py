@@ -51,7 +51,14 @@ def use_fp8(model: nn.Module, wanted: bool | Literal["auto"], device: torch.devi
             weight.codes = measured
         else:
             stay.setdefault(why, []).append(name)
-    return [note(names, why) for why, names in stay.items()]
+    notes = [note(names, why) for why, names in stay.items()]
+    if wanted is True and device.type != "meta" and sum(map(len, stay.values())) == len(held):
+        raise UserError(
+            "model.fp8=true: no weight of this model can be multiplied in 8-bit floats",
+            details=notes,
+            hint="leave model.fp8 out",
+        )
+    return notes
 
 
 @contextmanager

@@ -19,6 +19,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from .paging import CudaLanes, Pair
 from .skeleton import decoder_layers
 
 TIERS = ("none", "gate_up", "full", "offload")  # each keeps less on the GPU than the one before it
+UNDO = "recompute"  # among what adapters take off their model
 PIECE = 2**24  # pinned memory is handed out in powers of two: larger pieces would leave more of it unused
 
 
@@ -170,8 +172,11 @@ class Recomputed:
     def __init__(self, inner: Callable[..., Any], flow: Flow, shelf: Shelf | None = None) -> None:
         self.inner, self.flow, self.shelf = inner, flow, shelf
         self.__self__ = getattr(inner, "__self__", None)  # whose forward it is: a bank's, or the module's own
+        self.released = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.released:
+            return self.inner(*args, **kwargs)
         given = (*args, *kwargs.values())
         if not torch.is_grad_enabled() or any(hasattr(value, "get_seq_length") for value in given):
             return self.inner(*args, **kwargs)  # keys and values in a cache would be written twice
@@ -208,13 +213,18 @@ def fuse(adapters: Adapters, train: TrainConfig, *, gpu: bool) -> list[str]:
 
     raises  UserError if they are asked for and this model has none
     """
-    for layer in decoder_layers(adapters.model) or ():
-        unwrap(layer)
+    lift(adapters)
     if not (gpu if train.fast == "auto" else train.fast):
-        return []
+        adapters.unfuse()
+        why = "train.fast=auto fuses on a GPU" if train.fast == "auto" else "train.fast=false"
+        return [f"the model's own code: {why}"]
     lines = engage(adapters)
     if train.fast is True and not adapters.fast:
-        raise UserError("train.fast=true: no layer can be fused", details=lines, hint="--set train.fast=auto")
+        raise UserError(
+            "train.fast=true: no layer can be fused",
+            details=lines,
+            hint="--set train.fast=auto; attention by documents is --set model.attention=varlen",
+        )
     return lines
 
 
@@ -225,9 +235,8 @@ def apply(model: nn.Module, adapters: Adapters, tier: str) -> None:
     """
     if tier not in TIERS:
         raise ValueError(f"{tier!r} is none of {', '.join(TIERS)}")
+    lift(adapters)
     layers = list(decoder_layers(model) or ())
-    for layer in layers:
-        unwrap(layer)
     if tier == "gate_up" and not adapters.fast:
         raise UserError(
             f"train.recompute=gate_up: {type(model).__name__} runs without fused layers here, whose MLP alone could "
@@ -244,8 +253,23 @@ def apply(model: nn.Module, adapters: Adapters, tier: str) -> None:
             hint="--set train.recompute=none",
         )
     shelf = Shelf() if tier == "offload" else None
-    for layer in layers:
-        layer.__dict__["forward"] = Recomputed(layer.forward, adapters.flow, shelf)
+    placed = [(layer, Recomputed(layer.forward, adapters.flow, shelf)) for layer in layers]
+    for layer, forward in placed:
+        layer.__dict__["forward"] = forward
+    adapters.undo[UNDO] = partial(release, placed)
+
+
+def lift(adapters: Adapters) -> None:
+    """Give the layers the forwards that they had before a tier was put in place, if one was."""
+    take_off = adapters.undo.pop(UNDO, None)
+    if take_off is not None:
+        take_off()
+
+
+def release(placed: Sequence[tuple[nn.Module, Recomputed]]) -> None:
+    for layer, forward in placed:
+        forward.released, forward.shelf = True, None  # for whoever still holds it as the layer's forward
+        unwrap(layer)
 
 
 def unwrap(layer: nn.Module) -> None:

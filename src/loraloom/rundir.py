@@ -112,7 +112,7 @@ class Run:
     def config(self) -> RunConfig:
         """The settings, read back from config.resolved.yaml."""
         if self._config is None:
-            self._config, _ = settings.resolve(self.path / RESOLVED)
+            self._config = settings.read_stored(self.path / RESOLVED)
         return self._config
 
     @property

@@ -195,7 +195,7 @@ def numbers(*values: Tensor) -> Callable[[], list[float]]:
     device = values[0].device
     together = torch.stack([value.to(device, torch.float64) for value in values])
     if device.type != "cuda":
-        return together.tolist
+        return lambda: [value.item() for value in together.cpu()]  # among shapes too
     host = torch.empty(len(values), dtype=torch.float64, pin_memory=True)
     host.copy_(together, non_blocking=True)
     there = torch.cuda.Event()

@@ -62,7 +62,7 @@ class Codes8:
     @property
     def grain(self) -> str:
         """What shares a scale, in words."""
-        return "one scale an output channel"
+        return "with one scale an output channel"
 
     def tensors(self) -> Iterator[Tensor]:
         yield from (self.codes, self.scale)
@@ -79,8 +79,9 @@ class Codes8:
 
     def decode(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """The dense matrix (O, I), or (E, O, I); in the flat buffer `out` if there is one."""
-        w = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
-        if out is not None:
+        if out is None or out.dtype != dtype:
+            w = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
+        else:
             w = out[: self.codes.numel()].view(self.codes.shape)
         return w.copy_(self.codes).mul_(self.scale[..., None])
 

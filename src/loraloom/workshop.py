@@ -190,10 +190,11 @@ def build(
         decided |= see_first(with_values(config, decided), loaded, adapters, prepared.train, plan, progress)
     adapters.adapters["default"].ready = True
     adapters.train()
+    fitted = config.train.micro_tokens == "fit"
     config = with_values(config, decided)
     assert config.train.learning_rate != "auto"
     optimizer = make_optimizer(adapters.groups(config.train.learning_rate), config.train)
-    graphs, words = choose_graphs(config, loaded, adapters, plan)
+    graphs, words = choose_graphs(config, loaded, adapters, plan, fitted=fitted)
     execution = in_words(loaded, layers, recompute, words)
     return Workshop(config, loaded, adapters, prepared, optimizer, plan, decided, execution, graphs)
 
@@ -212,7 +213,7 @@ def in_words(loaded: Loaded, layers: Sequence[str], recompute: Choice, graphs: s
 
 
 def choose_graphs(
-    config: RunConfig, loaded: Loaded, adapters: Adapters, plan: StepPlan
+    config: RunConfig, loaded: Loaded, adapters: Adapters, plan: StepPlan, *, fitted: bool
 ) -> tuple[Graphs | None, str]:
     """CUDA graphs for short passes, where the settings and the run allow it; in words why there are some or none.
 
@@ -221,7 +222,7 @@ def choose_graphs(
     assert isinstance(config.train.micro_tokens, int)
     steps = [sum(plan.lengths[i] for i in step) for step in islice(plan, 100)]
     tokens = min(config.train.micro_tokens, int(median(steps)))
-    why = graph_reason(adapters, config, loaded.model, loaded.device)
+    why = graph_reason(adapters, config, loaded.model, loaded.device, fitted=fitted)
     graphs, words = make_graphs(config.train.graphs, why, loaded.device, pad_id=loaded.pad_id, tokens=tokens)
     return graphs, f"{'on' if graphs else 'off'}: {words}"
 

@@ -7,7 +7,7 @@
     rope         q, k of qkv + z B^T turned by their positions;  rope_grad turns the gradients back
 
 Low-rank parts of the wide tensors (gate, up; q, k, v) are added here, where the numbers pass through registers
-anyway: one read and one write of each less. Sums are float32, float64 for float64.
+anyway: one read and one write of each less. Sums are float32; the definitions keep float64 for float64.
 
 shapes  T tokens; K a layer's width; F the MLP's; z, dz (T, R); A (R, in), B (out, R) with the scale inside
 source  LoRA, arXiv:2106.09685, equation 3; RMSNorm, arXiv:1910.07467; RoPE, arXiv:2104.09864; SwiGLU, arXiv:2002.05202

@@ -68,10 +68,9 @@ def _write8(value, c8_ptr, scale_ptr, row, at, live):
     scale = tl.div_rn(tl.max(tl.abs(value), 0), 448.0)
     scale = tl.where(scale < LEAST, 1.0, scale)
     tl.store(scale_ptr + row, scale)
-    scaled = value * tl.div_rn(1.0, scale)
-    tl.store(
-        c8_ptr + at, tl.minimum(tl.maximum(scaled, -448.0), 448.0).to(c8_ptr.dtype.element_ty), mask=live
-    )
+    unit = tl.maximum(value * tl.div_rn(1.0, scale), -448.0, propagate_nan=tl.PropagateNan.ALL)
+    unit = tl.minimum(unit, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(c8_ptr + at, unit.to(c8_ptr.dtype.element_ty), mask=live)
 
 
 @triton.jit

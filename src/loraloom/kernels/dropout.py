@@ -12,7 +12,7 @@ source  murmur3's 32-bit finaliser, chained over the parts of the key
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,8 +22,11 @@ from .twin import twin
 MASK = 0xFFFFFFFF
 
 
-def mix(h: Tensor) -> Tensor:
-    """murmur3's finaliser on int64 tensors that hold 32 bits."""
+Whole = TypeVar("Whole", int, Tensor)
+
+
+def mix(h: Whole) -> Whole:
+    """murmur3's finaliser on a whole number, or an int64 tensor, that holds 32 bits."""
     h = ((h ^ (h >> 16)) * 0x85EBCA6B) & MASK
     h = ((h ^ (h >> 13)) * 0xC2B2AE35) & MASK
     return h ^ (h >> 16)
@@ -39,15 +42,18 @@ def keep_mask(key: Tensor, features: int, p: Tensor | float) -> Tensor:
 
 def token_key(token: Tensor, *, seed: Tensor | int, step: int, group: int) -> Tensor:
     """One 32-bit key for each token, int64, in the shape of `token`."""
-    h = mix(torch.as_tensor(seed, dtype=torch.int64, device=token.device) & MASK)
-    for part in (torch.tensor(step), torch.tensor(group), token & MASK, token >> 32):
-        h = mix((h * 31 + part.to(token.device)) & MASK)
+    start: Any = seed
+    h = mix(start & MASK)  # numbers are mixed on the host, so that nothing is copied to the device
+    for part in (step, group, token & MASK, token >> 32):
+        h = mix((h * 31 + part) & MASK)
     return h
 
 
 def keyed_dropout(x: Tensor, key: Tensor, p: Tensor | float) -> Tensor:
     """x with dropped features at zero and the others scaled by 1 / (1 - p); key and p fit x's leading shape."""
-    rate = torch.as_tensor(p, dtype=torch.float64, device=x.device)
+    if not isinstance(p, Tensor):
+        p = torch.full((), p, dtype=torch.float64, device=x.device)
+    rate = p.to(x.device, torch.float64)
     return _Dropout.apply(x, key, rate)
 
 

@@ -50,7 +50,8 @@ def buffer(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     if held is None or held.numel() < numel:
         _buffers.pop(key, None)
         held = None  # the old one is freed before the new one is made
-        held = _buffers[key] = torch.empty(numel, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # training may use it next
+            held = _buffers[key] = torch.empty(numel, dtype=dtype, device=device)
     return held
 
 
