@@ -293,7 +293,7 @@ def test_training_tells_its_progress_on_stderr(
     execution = Run.open(tmp_path / "run").state["execution"]
     assert list(execution) == ["kernels", "attention", "layers", "loss", "recompute", "graphs"]
     for name, text in execution.items():  # what computes a step is said once, with the reason
-        assert lines.count(f" {name:<9}{text}") == 1
+        assert lines.count(f" {name:<10}{text}") == 1
     flags[flags.index(f"--set=output={tmp_path / 'run'}")] = f"--set=output={tmp_path / 'quiet'}"
     told = say("train", *flags, "--offline", "--quiet")
     assert told == (0, "", "")

@@ -389,7 +389,7 @@ def test_logits_are_those_of_transformers_with_rounded_weights(folder: Path) -> 
     torch.testing.assert_close(logits(loaded.model), logits(model), rtol=0, atol=5e-6)
     assert loaded.quantised is not None
     assert loaded.quantised.startswith("fp8, 8.")
-    assert loaded.quantised.endswith("bits a weight one scale an output channel")
+    assert loaded.quantised.endswith("bits a weight with one scale an output channel")
     assert loaded.products is None
     held = [p for p in loaded.model.parameters() if isinstance(p, Weight4)]
     bits = 8 * sum(p.nbytes_stored for p in held) / sum(p.numel() for p in held)

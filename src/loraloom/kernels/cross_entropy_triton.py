@@ -146,8 +146,8 @@ def _place_rows(d_ptr, place_ptr, factor_ptr, out_ptr, num_rows, width, WIDE: tl
     place = tl.load(place_ptr + row)
     col = tl.program_id(1) * C + tl.arange(0, C)
     d = tl.load(d_ptr + row * width + col, mask=col < width, other=0.0).to(WIDE) * tl.load(factor_ptr)
-    kept = (col < width) & (place < num_rows)
-    tl.store(out_ptr + place * width + col, d.to(out_ptr.dtype.element_ty), mask=kept)
+    if place < num_rows:
+        tl.store(out_ptr + place * width + col, d.to(out_ptr.dtype.element_ty), mask=col < width)
 
 
 def cases(device: torch.device | str) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
