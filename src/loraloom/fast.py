@@ -23,6 +23,7 @@ from .attention import DocumentMask, Watch, attend, first_line, mask_of, takes_d
 from .decoder import After, Before, Parts
 from .frozen import Frozen
 from .group import Group
+from .head import hooks_of
 from .kernels.block import WIDEST, turned
 from .likeness import Unlike, act_of, decoder_blocks, drops, heads_of, linears, norm_weight, window_of
 from .methods.base import LowRank, Site
@@ -163,16 +164,6 @@ def against(site: Site) -> str | None:
     if pair.gain is not None:
         return f"{name} scales the whole output"
     return f"{name} shares its matrices among layers" if pair.shared else None
-
-
-def hooks_of(module: nn.Module) -> list[Any]:
-    """Where a module keeps its hooks, which fused code would not call."""
-    return [
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    ]
 
 
 # ---- which layers ---------------------------------------------------------------------------------------------------

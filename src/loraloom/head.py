@@ -299,5 +299,14 @@ def in_place_of_forward(module: nn.Module, forward: Any) -> Iterator[None]:
 
 def hooked(module: nn.Module) -> bool:
     """Whether something looks at a module from outside and must see whole batches enter it."""
-    m = module
-    return any(map(bool, (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)))
+    return any(map(bool, hooks_of(module)))
+
+
+def hooks_of(module: nn.Module) -> list[Any]:
+    """Where a module keeps its hooks: what is put there later is seen too."""
+    return [
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    ]
