@@ -58,7 +58,7 @@ def measure(tokens: int, graphed: bool, seconds: float, warmup: int) -> dict[str
     made = batch([row], 0, length=tokens)
     graphs = Graphs(CudaRecorder(device), pad_id=0, most=None, strict=True) if graphed else None
     made = (graphs.pad(made) if graphs else made).to(device)
-    losses, begun, steps = [], 0.0, 0
+    losses, norms, begun, steps = [], [], 0.0, 0
     while True:
         if steps == warmup:
             torch.cuda.synchronize()
@@ -74,6 +74,7 @@ def measure(tokens: int, graphed: bool, seconds: float, warmup: int) -> dict[str
             backward=graphs or accumulate,
         )
         losses.append(stats.loss)
+        norms.append(stats.grad_norm)
         steps += 1
         if steps > warmup and time.perf_counter() - begun > seconds:
             break
@@ -84,8 +85,8 @@ def measure(tokens: int, graphed: bool, seconds: float, warmup: int) -> dict[str
         "graphs": graphed,
         "step_ms": round(took * 1e3, 3),
         "tokens_per_s": round(tokens / took, 1),
-        "loss_at_5": round(losses[5], 5),
-        "grad_norm": round(stats.grad_norm, 5),
+        "loss": [round(losses[at], 5) for at in (0, 5, 10)],
+        "grad_norm": [round(norms[at], 5) for at in (0, 5, 10)],
         "layers": layers,
     }
 

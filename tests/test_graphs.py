@@ -28,6 +28,7 @@ from loraloom.compiling import Compiled, compile_layers, compile_seconds
 from loraloom.config import TrainConfig, resolve, with_values
 from loraloom.data import Example
 from loraloom.errors import NonFinite, UserError
+from loraloom.fast import engage
 from loraloom.graphs import (
     KEPT,
     CudaRecorder,
@@ -44,6 +45,8 @@ from loraloom.incoming import quantize_model
 from loraloom.nll import nll_sum
 from loraloom.optim import make_optimizer
 from loraloom.packing import IGNORED, Batch, pack
+from loraloom.packing import batch as make_batch
+from loraloom.products8 import use_fp8
 from loraloom.step import StepStats, accumulate, train_step
 
 PAD = 256
@@ -57,9 +60,13 @@ class Again:
     def __init__(self) -> None:
         self.warmed = self.recorded = 0
 
-    def warm(self, run: Callable[[], torch.Tensor]) -> None:
+    def warm(self, run: Callable[[], torch.Tensor], *, first: bool) -> None:
+        assert first == (not self.recorded)
         self.warmed += 1
         run()
+
+    def crowded(self) -> str | None:
+        return None
 
     def record(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         self.recorded += 1
@@ -121,7 +128,45 @@ def test_sizes_are_few_and_near() -> None:
     sizes = [rounded(n) for n in range(1, 2049)]
     assert len(set(sizes)) == 16
     assert all(n <= size < 1.25 * n + 64 for n, size in zip(range(1, 2049), sizes, strict=True))
-    assert sizes == sorted(sizes)
+    long = [rounded(n) for n in range(2049, 16385)]
+    assert all(n <= size <= 1.0625 * n for n, size in zip(range(2049, 16385), long, strict=True))
+    assert sizes + long == sorted(sizes + long)
+    assert len(set(long)) == 48
+
+
+@pytest.mark.parametrize(("count", "length"), [(1, 64), (2, 32), (4, 48)])
+def test_documents_of_one_length_that_fill_a_line_stay_known(count: int, length: int) -> None:
+    rows = [replace(row, ids=row.ids * 99, labels=row.labels * 99) for row in examples(count)]
+    rows = [replace(row, ids=row.ids[:length], labels=row.labels[:length]) for row in rows]
+    made = padded(make_batch([list(enumerate(rows))], PAD, length=count * length), PAD)
+    assert made.documents.known
+    assert shape_of(made).even
+    assert made.documents.lengths == (length,) * count
+    graphs = Graphs(Again(), pad_id=PAD, most=count * length)
+    assert graphs.takes(graphs.pad(made))
+    assert not Graphs(Again(), pad_id=PAD, most=count * length - 1).takes(made)
+    results = [train(*double("gpt2"), [[made]] * 3), train(*double("gpt2"), [[made]] * 3, graphs)]
+    close(*results)
+    assert (graphs.recorded, graphs.replayed) == (1, 2)
+    uneven = packed(2, micro_tokens=count * length, least=9, most=30)[0]
+    assert not graphs.takes(uneven)
+    assert not graphs.pad(uneven).documents.known
+
+
+class Crowded(Again):
+    def crowded(self) -> str | None:
+        return "graphs keep 9 GB"
+
+
+def test_without_memory_for_both_passes_run_as_ever() -> None:
+    plain = [packed(6, seed=seed) for seed in (0, 1)]
+    graphs = Graphs(Crowded(), pad_id=PAD)
+    ready = [[graphs.pad(batch) for batch in step] for step in plain]
+    close(train(*double("gpt2"), plain), train(*double("gpt2"), ready, graphs))
+    assert (graphs.stopped, graphs.recorded) == ("graphs keep 9 GB", 0)
+    asked = Graphs(Crowded(), pad_id=PAD, strict=True)
+    close(train(*double("gpt2"), plain), train(*double("gpt2"), ready, asked))
+    assert asked.recorded
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 40, 200])
@@ -239,7 +284,7 @@ def test_what_is_recorded_has_a_limit() -> None:
 
 
 class Broken(Again):
-    def warm(self, run: Callable[[], torch.Tensor]) -> None:
+    def warm(self, run: Callable[[], torch.Tensor], *, first: bool) -> None:
         run()
         raise RuntimeError("called a synchronizing CUDA operation\nsecond line")
 
@@ -267,7 +312,7 @@ class Full(Again):
 
 
 class FullAtOnce(Again):
-    def warm(self, run: Callable[[], torch.Tensor]) -> None:
+    def warm(self, run: Callable[[], torch.Tensor], *, first: bool) -> None:
         run()
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
@@ -309,7 +354,7 @@ def test_what_follows_waits_for_a_pass_that_failed(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("main"))
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     with pytest.raises(RuntimeError, match="a warm pass"):
-        recorder.warm(fail)
+        recorder.warm(fail, first=True)
     assert waits == [("side", "main"), ("main", "side")]
 
 
@@ -366,11 +411,11 @@ def test_what_speaks_against_graphs_is_said() -> None:
 
 def test_the_setting_is_honoured_or_refused() -> None:
     cpu = torch.device("cpu")
-    assert make_graphs(False, None, cpu, pad_id=0, tokens=100) == (None, "train.graphs=auto turns them on")
+    assert make_graphs(False, None, cpu, pad_id=0, tokens=100) == (None, "train.graphs=false")
     assert make_graphs("auto", "a reason", cpu, pad_id=0, tokens=100) == (None, "a reason")
-    made, words = make_graphs("auto", None, cpu, pad_id=0, tokens=5000)
+    made, words = make_graphs("auto", None, cpu, pad_id=0, tokens=50_000)
     assert made is None
-    assert "5,000 tokens" in words
+    assert "50,000 tokens" in words
     with pytest.raises(UserError, match=r"train\.graphs=true: a reason"):
         make_graphs(True, "a reason", cpu, pad_id=0, tokens=100)
 
@@ -384,16 +429,20 @@ def on_gpu(method: str, quantize: str | None) -> tuple[Any, Adapters]:
     model.set_attn_implementation(NAME)
     model = model.bfloat16().cuda()
     if quantize is not None:
-        quantize_model(model, quantize)
+        quantize_model(model, quantize.removesuffix(" in 8 bits"))
+        if quantize.endswith("8 bits"):
+            use_fp8(model, "auto", torch.device("cuda"))
     adapters = Adapters(model)
     adapters.add("a", AdapterSpec(method=method, r=4))
+    if method == "lora":
+        assert engage(adapters)[0] == "fused layers: 2 of 2"
     stir(adapters)
     adapters.train()
     return model, adapters
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-@pytest.mark.parametrize("quantize", [None, "nf4"])
+@pytest.mark.parametrize("quantize", [None, "nf4", "nf4 in 8 bits"])
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_real_graphs_train_as_steps_do(method: str, quantize: str | None) -> None:
     """The same padded batches with and without graphs: the same kernels, so nearly the same bits."""

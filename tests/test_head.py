@@ -526,6 +526,9 @@ def test_hooks_do_not_see_the_proof():
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.filterwarnings(
+    "ignore:Attempting to run cuBLAS"
+)  # torch's own, in a process' first backward pass
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu(dtype):
     """The kernels inside a model, against float64 on the CPU; and the host never waits."""

@@ -85,7 +85,9 @@ def measure(peer: Any, a: argparse.Namespace, r: argparse.Namespace) -> dict[str
     own = hasattr(peer, "step")
     step: Any = OwnStep(peer, a.device) if own else PlainStep(peer, a.device)
     first_norm = None if own else step.norm(batches[0])
-    used, marks, losses = run(step, batches, a.warmup, a.seconds, cuda)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    used, marks, losses = run(step, batches, a.warmup, a.seconds, cuda, replays=getattr(peer, "replay", None))
     peak = torch.cuda.max_memory_allocated() if cuda else 0
     reserved = torch.cuda.max_memory_reserved() if cuda else 0
     ms = [apart(x, y, cuda) for x, y in pairwise(marks)][a.warmup :]
@@ -115,12 +117,18 @@ def measure(peer: Any, a: argparse.Namespace, r: argparse.Namespace) -> dict[str
 
 
 def run(
-    step: Callable[[Any], Any], batches: list[Any], warmup: int, seconds: float, cuda: bool
+    step: Callable[[Any], Any],
+    batches: list[Any],
+    warmup: int,
+    seconds: float,
+    cuda: bool,
+    replays: Any = None,
 ) -> tuple[list[Any], list[Any], list[Any]]:
     """Every batch once, and those after the warm-up again until the timed steps took `seconds`.
 
     Returns the batches taken, a time stamp before each step and after the last, and the losses. One step may be under
-    way on the GPU while the next is queued, as in training.
+    way on the GPU while the next is queued, as in training. Steps that are replayed allocate nothing: what they need
+    is counted when they are recorded, so there the peak is that of the warm-up too.
     """
     import torch
 
@@ -130,7 +138,8 @@ def run(
         number = len(used)
         if number == warmup and cuda:
             torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
+            if not replays:
+                torch.cuda.reset_peak_memory_stats()
         marks.append(stamp(cuda))
         batch = batches[number] if number < warmup else timed[(number - warmup) % len(timed)]
         losses.append(step(batch))

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 KEYS = {
     "fp8": ["auto", "on", "off"],
     "fast": ["auto", "on", "off"],
+    "graphs": ["auto", "on", "off"],
     "recompute": ["none", "gate_up", "full", "offload"],
     "attention": ["auto", "varlen", "sdpa"],
 }
@@ -106,6 +107,7 @@ class Loraloom:
         self.adapters.train()
         self.optimizer = make_optimizer(self.adapters.groups(1e-4), config.train)
         set_rates(self.optimizer, 1.0)
+        self.replay: Any = None
 
     def attention(self, wanted: str) -> None:
         import torch
@@ -161,12 +163,28 @@ class Loraloom:
         else:
             widths = b.get("widths") or [ids.shape[1]] * len(ids)
             parts = [row[:width].tolist() for row, width in zip(ids, widths)]
-            made = batch([[(n, Made(part))] for n, part in enumerate(parts)], 0)
+            if len(set(widths)) == 1:  # packing puts them in one line
+                made = batch([list(enumerate(map(Made, parts)))], 0, length=ids.numel())
+            else:
+                made = batch([[(n, Made(part))] for n, part in enumerate(parts)], 0)
+        made = self.recorded(made)
         return {"batch": made.to(self.device), "real": b["real"], "slots": made.ids.numel()}
+
+    def recorded(self, made: Any) -> Any:
+        """A batch as CUDA graphs take it, where a run of such batches would have them."""
+        make, reason = self.has("graphs", "make_graphs"), self.has("graphs", "graph_reason")
+        if not make or not reason or made.position is None:
+            return made
+        if self.replay is None:
+            why = reason(self.adapters, self.config, self.model, self.device)
+            wish = self.config.train.graphs
+            self.replay, words = make(wish, why, self.device, pad_id=0, tokens=made.ids.numel())
+            self.notes.append(f"graphs {'on' if self.replay else 'off'}: {words}")
+        return made if self.replay is None else self.replay.pad(made)
 
     def step(self, b: dict[str, Any]) -> tuple[Number, Number]:
         """One step, queued before the numbers of the one before it are read, as in a run."""
-        from loraloom.step import queue_step
+        from loraloom.step import accumulate, queue_step
 
         before = self.last
         late = Late(
@@ -179,6 +197,7 @@ class Loraloom:
                 num_steps=FOREVER,
                 max_norm=self.config.train.max_grad_norm,
                 inspect=self.look if self.number == 0 else None,
+                backward=self.replay or accumulate,
                 after=None if before is None or before.stats is not None else before.queued,
             )
         )
@@ -191,6 +210,16 @@ class Loraloom:
 
     def look(self) -> None:
         self.without_grad = sum(p.grad is None for p in self.trained())
+
+    def graphs(self) -> dict[str, Any] | None:
+        """How many passes were recorded and replayed."""
+        if self.replay is None:
+            return None
+        return {
+            "recorded": self.replay.recorded,
+            "replayed": self.replay.replayed,
+            "stopped": self.replay.stopped,
+        }
 
     @property
     def multiplies8(self) -> bool:
@@ -209,6 +238,7 @@ class Loraloom:
             "checkpoint": "off" if self.recompute == "none" else "on",
             "fp8": "on" if self.multiplies8 else "off",  # what is so, not what was asked for
             "fast": self.a.fast,
+            "graphs": self.graphs(),
             "dropout": self.a.dropout,
             "weights_gb": round(weights / 1e9, 3),
             "bits_a_weight": bits_per_parameter(self.model),
@@ -246,6 +276,7 @@ def settings(a: argparse.Namespace, recompute: str) -> Any:
         "target_modules": kit.TARGETS[a.targets],
         "train.recompute": recompute,
         "train.fast": BOOL[a.fast],
+        "train.graphs": BOOL[a.graphs],
         "train.weight_decay": 0.0,
     }
     return resolve(None, chosen)[0]

@@ -158,9 +158,8 @@ class TrainConfig(Section):
     )
     compile: bool = Field(False, description="torch.compile for the decoder layers that are not fused")
     graphs: bool | Auto = Field(
-        False,
-        description="replay short passes as one CUDA graph; auto: up to 2,048 tokens, where the run allows it; not by "
-        "default until it is measured",
+        "auto",
+        description="replay passes as one CUDA graph each; auto: up to 16,384 tokens, where the run allows it",
     )
     seed: int = Field(0, description="of the initial adapter, the order of the data and dropout")
     save_every: Positive | None = Field(None, description="steps between checkpoints; null: by save_minutes")

@@ -1,12 +1,15 @@
-"""Short passes as CUDA graphs: what a micro-batch launches, forward and backward, is recorded once and then replayed.
+"""Passes as CUDA graphs: what a micro-batch launches, forward and backward, is recorded once and then replayed.
 
-A pass of few tokens keeps a GPU busy for less time than the host takes to launch its kernels. A graph has fixed
-shapes, so batches are padded to few of them. Which, is a function of the batch alone:
+A layer launches about a hundred kernels. A pass of few tokens keeps a GPU busy for less time than the host takes for
+that, and a slow host does not keep up with thousands of tokens. A graph has fixed shapes, so batches are padded to few
+of them. Which, is a function of the batch alone:
 
-    tokens     all rows in one line, up to a quarter of a power of two; what is added are documents without targets
+    tokens     all rows in one line, up to a quarter of a power of two, long ones up to a 16th; what is added are
+               documents without targets
     documents  one for each 32 tokens, at least 8, or twice as many until they are enough; those added are empty
     targets    half of the tokens, or as many; those added point at token 0, which has no label
     longest    256, 1024, 4096 ...: what attention is launched for
+    even       documents of one length that fill the line stay as they are, and are known to attention
 
 Gradients are added to buffers that stay: they stand as `.grad` from a step's first pass to its end. What looks at
 them, clips them and moves weights runs between replays as ever.
@@ -40,12 +43,14 @@ from .nll import why_whole_logits
 from .packing import IGNORED, Batch, Documents
 from .step import accumulate
 
-MOST = 2048  # tokens of a pass that `auto` records
+MOST = 16384  # tokens of a pass that `auto` records
+SHORT = 2048  # tokens of a pass that may be padded by a quarter; longer ones by a 16th
 LEAST = 64
 LONGEST = 256
 KEPT = 16  # graphs at once
 WORTH = 4  # replays that a graph takes to pay for its recording
-WARM = 3  # passes before a recording
+WARM = 3  # passes before the first recording; one before others
+USABLE = 0.92  # of a GPU's memory: the rest is the driver's, and what lies between blocks
 
 Run = Callable[[], Tensor]  # one pass over a batch that stands still: adds to gradients, returns the loss
 
@@ -60,17 +65,24 @@ class Shape(NamedTuple):
     documents: int
     targets: int
     longest: int
+    even: bool
 
 
 def shape_of(batch: Batch) -> Shape:
     """The shape of a batch that `padded` made."""
     documents = batch.documents
-    return Shape(batch.ids.numel(), len(documents.lengths), len(batch.target_at), documents.longest)
+    return Shape(
+        batch.ids.numel(), len(documents.lengths), len(batch.target_at), documents.longest, documents.known
+    )
 
 
 def shape_for(batch: Batch) -> Shape:
     """The shape to pad a batch to."""
     tokens = rounded(batch.ids.numel())
+    half = tokens // 2
+    targets = half if len(batch.target_at) <= half else tokens
+    if even(batch):
+        return Shape(tokens, len(batch.documents.lengths), targets, batch.documents.longest, True)
     need = len(batch.documents.lengths) + len(tail(batch, tokens))
     documents = max(8, tokens // 32)
     while documents < need:
@@ -78,14 +90,20 @@ def shape_for(batch: Batch) -> Shape:
     longest = LONGEST
     while longest < batch.documents.longest:
         longest *= 4
-    half = tokens // 2
-    return Shape(tokens, documents, half if len(batch.target_at) <= half else tokens, min(longest, tokens))
+    return Shape(tokens, documents, targets, min(longest, tokens), False)
 
 
 def rounded(tokens: int) -> int:
-    """Up to a quarter of the power of two below, so that at most a quarter is added."""
-    grain = max(LEAST, (1 << (tokens - 1).bit_length()) // 8)
+    """Up to a quarter of the power of two below, so that at most a quarter is added; of a long pass, a 16th."""
+    above = 1 << (tokens - 1).bit_length()
+    grain = max(LEAST, above // (8 if tokens <= SHORT else 32))
     return -(-tokens // grain) * grain
+
+
+def even(batch: Batch) -> bool:
+    """Whether documents of one length fill a line that needs no padding: shapes say all of it."""
+    tokens = batch.ids.numel()
+    return batch.documents.equal and rounded(tokens) == tokens
 
 
 def tail(batch: Batch, tokens: int) -> list[int]:
@@ -103,10 +121,7 @@ def padded(batch: Batch, pad_id: int) -> Batch:
         raise ValueError("only packed batches can be put in one row")
     shape, (_, width) = shape_for(batch), batch.ids.shape
     more = tail(batch, shape.tokens)
-    starts = [batch.documents.starts.new_tensor(more).cumsum(0, dtype=torch.int32) + batch.ids.numel()]
-    starts += [
-        starts[0].new_full((shape.documents - len(batch.documents.lengths) - len(more),), shape.tokens)
-    ]
+    documents = batch.documents if shape.even else with_added(batch, shape, more)
     counts = [torch.arange(length) for length in more] or [torch.arange(0)]
     added = shape.tokens - batch.ids.numel()
     return replace(
@@ -117,10 +132,17 @@ def padded(batch: Batch, pad_id: int) -> Batch:
         token=pad(batch.token.view(1, -1), (0, added)),
         spans=[(0, b * width + start, b * width + stop) for b, start, stop in batch.spans],
         target_at=pad(batch.target_at, (0, shape.targets - len(batch.target_at))),
-        documents=Documents(
-            torch.cat([batch.documents.starts, *starts]), (shape.longest,) * shape.documents, known=False
-        ),
+        documents=documents,
     )
+
+
+def with_added(batch: Batch, shape: Shape, more: list[int]) -> Documents:
+    """A batch's documents, those of so many tokens that fill it up, and empty ones; of known count alone."""
+    own = batch.documents
+    filling = own.starts.new_tensor(more).cumsum(0, dtype=torch.int32) + batch.ids.numel()
+    empty = own.starts.new_full((shape.documents - len(own.lengths) - len(more),), shape.tokens)
+    starts = torch.cat([own.starts, filling, empty])
+    return Documents(starts, (shape.longest,) * shape.documents, known=False)
 
 
 # ---- recording ----------------------------------------------------------------------------------------------
@@ -129,11 +151,16 @@ def padded(batch: Batch, pad_id: int) -> Batch:
 class Recorder(Protocol):
     """Makes a pass repeatable. A test on a CPU runs it again instead."""
 
-    def warm(self, run: Run) -> None:
+    def warm(self, run: Run, *, first: bool) -> None:
         """Run it as often as it takes until nothing is compiled or chosen any more.
+
+        first  whether no pass was recorded before
 
         raises  RuntimeError if it waits for the device
         """
+
+    def crowded(self) -> str | None:
+        """None if there is memory for a recording beside passes as ever, else how much is missing."""
 
     def record(self, run: Run) -> Run:
         """What runs it again on the same tensors."""
@@ -147,17 +174,27 @@ class CudaRecorder:
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)
 
-    def warm(self, run: Run) -> None:
+    def warm(self, run: Run, *, first: bool) -> None:
         here = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(here)
         try:
             with torch.cuda.stream(self.stream):
                 run()  # compiles kernels and tries their variants, which may wait
                 with no_waiting():
-                    for _ in range(WARM - 1):
+                    for _ in range(WARM - 1 if first else 0):
                         run()
         finally:
             here.wait_stream(self.stream)  # a pass that fails leaves work behind too
+
+    def crowded(self) -> str | None:
+        now, total = torch.cuda.memory_allocated(self.device), torch.cuda.mem_get_info(self.device)[1]
+        passing = torch.cuda.max_memory_allocated(self.device) - now  # the graphs keep as much as the largest
+        if now + 2 * passing <= USABLE * total:
+            return None
+        return (
+            f"graphs keep what a pass needs, {passing / 1e9:.1f} GB, beside the {(now + passing) / 1e9:.1f} GB of passes "
+            f"without them: more than {total / 1e9:.0f} GB hold"
+        )
 
     def record(self, run: Run) -> Run:
         release_buffers()  # those made while recording belong to the pool, which a graph keeps
@@ -234,9 +271,20 @@ class Graphs:
 
     def pad(self, batch: Batch) -> Batch:
         """A batch as a graph needs it, or as it is if it is too long for one."""
-        if self.stopped or (self.most is not None and batch.ids.numel() > self.most):
+        if self.stopped or self.too_long(batch):
             return batch
         return padded(batch, self.pad_id)
+
+    def too_long(self, batch: Batch) -> bool:
+        return self.most is not None and batch.ids.numel() > self.most
+
+    def takes(self, batch: Batch) -> bool:
+        """Whether a batch has a shape that `pad` makes."""
+        tokens, targets = batch.ids.numel(), len(batch.target_at)
+        if not batch.documents.known:
+            return True
+        in_line = len(batch.ids) == 1 and targets in (tokens // 2, tokens)
+        return in_line and even(batch) and not self.too_long(batch)
 
     def __call__(
         self, model: nn.Module, adapters: Adapters, batches: Sequence[Batch], targets: int, step: int
@@ -245,7 +293,7 @@ class Graphs:
         self.put_gradients()
         loss = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
         for batch in batches:
-            graph = None if batch.documents.known else self.find(model, adapters, batch, targets, step)
+            graph = self.find(model, adapters, batch, targets, step) if self.takes(batch) else None
             if graph is None:
                 loss += accumulate(model, adapters, [batch], targets, step)
             else:
@@ -296,12 +344,15 @@ class Graphs:
         try:
             for parameter in parameters:
                 parameter.grad = None
-            self.recorder.warm(run)
+            self.recorder.warm(run, first=not self.recorded)
             for parameter, gradient in zip(parameters, before):
                 if parameter.grad is not None and parameter not in self.gradients:
                     self.gradients[parameter] = torch.zeros_like(parameter.grad)
                 parameter.grad = gradient
             self.put_gradients()
+            if not self.strict and (crowded := self.recorder.crowded()):
+                self.stopped = crowded
+                return None
             return self.recorder.record(run)
         except RuntimeError as error:
             for parameter, gradient in zip(parameters, before):
@@ -392,17 +443,17 @@ def make_graphs(
     raises  UserError if graphs are asked for and there is a reason against them
     """
     if wish is False:
-        return None, "train.graphs=auto turns them on"
+        return None, "train.graphs=false"
     if why is not None:
         if wish is True:
             raise refused(why)
         return None, why
     if wish == "auto" and tokens > MOST:
-        return None, f"a pass has {tokens:,} tokens, which keep the GPU busy without them"
+        return None, f"a pass has {tokens:,} tokens, which keep a GPU busy without them"
     most = None if wish is True else MOST
     words = (
         "as set"
         if wish is True
-        else f"a pass has {tokens:,} tokens, whose launches would take longer than they do"
+        else f"passes of {tokens:,} tokens, which the GPU then need not wait for the host to launch"
     )
     return Graphs(CudaRecorder(device), pad_id=pad_id, most=most, strict=wish is True), words
