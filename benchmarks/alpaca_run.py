@@ -95,18 +95,25 @@ def command(a: argparse.Namespace, model: Path, train: Path, held_out: Path, run
 
 def environment() -> dict[str, str]:
     path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]))
-    return os.environ | {"CI": "1", "PYTHONPATH": path}
+    return os.environ | {"CI": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
 
 
 def timed(words: list[str], log: Path) -> float:
-    """Seconds that the command took from start to end."""
+    """Seconds that the command took from start to end; each line of its log begins with the second it came in."""
     began = time.perf_counter()
-    with log.open("w", encoding="utf-8") as out:
-        done = subprocess.run(words, env=environment(), stdout=out, stderr=subprocess.STDOUT)
+    with (
+        log.open("w", encoding="utf-8") as out,
+        subprocess.Popen(
+            words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            out.write(f"{time.perf_counter() - began:7.1f} {line}")
     seconds = time.perf_counter() - began
-    if done.returncode:
+    if process.returncode:
         tail = log.read_text(encoding="utf-8")[-3000:]
-        raise SystemExit(f"{' '.join(words)} ended with {done.returncode}\n{tail}")
+        raise SystemExit(f"{' '.join(words)} ended with {process.returncode}\n{tail}")
     return seconds
 
 

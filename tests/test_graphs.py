@@ -142,15 +142,15 @@ def test_documents_of_one_length_that_fill_a_line_stay_known(count: int, length:
     assert made.documents.known
     assert shape_of(made).even
     assert made.documents.lengths == (length,) * count
-    graphs = Graphs(Again(), pad_id=PAD, most=count * length)
+    graphs = Graphs(Again(), pad_id=PAD, most=8, most_even=count * length)
     assert graphs.takes(graphs.pad(made))
-    assert not Graphs(Again(), pad_id=PAD, most=count * length - 1).takes(made)
+    assert not Graphs(Again(), pad_id=PAD, most=8, most_even=count * length - 1).takes(made)
     results = [train(*double("gpt2"), [[made]] * 3), train(*double("gpt2"), [[made]] * 3, graphs)]
     close(*results)
     assert (graphs.recorded, graphs.replayed) == (1, 2)
     uneven = packed(2, micro_tokens=count * length, least=9, most=30)[0]
-    assert not graphs.takes(uneven)
-    assert not graphs.pad(uneven).documents.known
+    assert not graphs.takes(graphs.pad(uneven))
+    assert not Graphs(Again(), pad_id=PAD).pad(uneven).documents.known
 
 
 class Crowded(Again):
@@ -464,20 +464,20 @@ def test_real_graphs_train_as_steps_do(method: str, quantize: str | None) -> Non
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-def test_a_step_waits_for_the_gpu_once() -> None:
+def test_nothing_in_a_step_waits_but_for_its_numbers() -> None:
+    """Those come with an event, which torch does not count among what waits."""
     model, adapters = on_gpu("lora", None)
     optimizer = make_optimizer(adapters.groups(1e-3), TrainConfig())
     (batch, *_) = packed(12, most=90)
     step = [batch.to("cuda")]
     for i in range(3):
         train_step(model, adapters, optimizer, step, step=i, num_steps=9, max_norm=1.0)
-    torch.cuda.set_sync_debug_mode("warn")
+    torch.cuda.set_sync_debug_mode("error")
     try:
-        with pytest.warns(UserWarning, match="synchronizing") as caught:
-            train_step(model, adapters, optimizer, step, step=3, num_steps=9, max_norm=1.0)
+        stats = train_step(model, adapters, optimizer, step, step=3, num_steps=9, max_norm=1.0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len([one for one in caught if "synchronizing" in str(one.message)]) == 1
+    assert stats.grad_norm > 0
 
 
 # ---- compiled layers ----------------------------------------------------------------------------------------

@@ -107,7 +107,8 @@ class Loraloom:
         self.adapters.train()
         self.optimizer = make_optimizer(self.adapters.groups(1e-4), config.train)
         set_rates(self.optimizer, 1.0)
-        self.replay: Any = None
+        self.replay: Any = None  # CUDA graphs, once a batch has shown how long passes are
+        self.chosen = False
 
     def attention(self, wanted: str) -> None:
         import torch
@@ -175,7 +176,8 @@ class Loraloom:
         make, reason = self.has("graphs", "make_graphs"), self.has("graphs", "graph_reason")
         if not make or not reason or made.position is None:
             return made
-        if self.replay is None:
+        if not self.chosen:
+            self.chosen = True
             why = reason(self.adapters, self.config, self.model, self.device)
             wish = self.config.train.graphs
             self.replay, words = make(wish, why, self.device, pad_id=0, tokens=made.ids.numel())

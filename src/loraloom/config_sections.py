@@ -159,7 +159,8 @@ class TrainConfig(Section):
     compile: bool = Field(False, description="torch.compile for the decoder layers that are not fused")
     graphs: bool | Auto = Field(
         "auto",
-        description="replay passes as one CUDA graph each; auto: up to 16,384 tokens, where the run allows it",
+        description="replay passes as one CUDA graph each; auto: of up to 2,048 tokens, or of 16,384 where nothing "
+        "need be added to them, and where the run allows it",
     )
     seed: int = Field(0, description="of the initial adapter, the order of the data and dropout")
     save_every: Positive | None = Field(None, description="steps between checkpoints; null: by save_minutes")

@@ -43,8 +43,8 @@ from .nll import why_whole_logits
 from .packing import IGNORED, Batch, Documents
 from .step import accumulate
 
-MOST = 16384  # tokens of a pass that `auto` records
-SHORT = 2048  # tokens of a pass that may be padded by a quarter; longer ones by a 16th
+MOST = 16384  # tokens of a pass that `auto` records if nothing need be added to it
+SHORT = 2048  # tokens of a pass that `auto` pads, by a quarter at most; longer ones are padded by a 16th
 LEAST = 64
 LONGEST = 256
 KEPT = 16  # graphs at once
@@ -192,8 +192,8 @@ class CudaRecorder:
         if now + 2 * passing <= USABLE * total:
             return None
         return (
-            f"graphs keep what a pass needs, {passing / 1e9:.1f} GB, beside the {(now + passing) / 1e9:.1f} GB of passes "
-            f"without them: more than {total / 1e9:.0f} GB hold"
+            f"graphs keep what a pass needs, {passing / 1e9:.1f} GB, beside the {(now + passing) / 1e9:.1f} GB "
+            f"of passes without them: more than {total / 1e9:.0f} GB hold"
         )
 
     def record(self, run: Run) -> Run:
@@ -254,16 +254,24 @@ class Graphs:
     """The backward pass of `train_step` by replaying. Batches that `pad` has not padded run as ever.
 
     recorder  makes a pass repeatable
-    most      tokens of the largest pass that is recorded; None: of any
+    most      tokens of the largest pass that is padded and recorded; None: of any
+    most_even  tokens of the largest pass that is recorded because it need not be padded
     strict    whether it is an error if passes cannot be recorded
 
     raises  UserError, at the first pass, if it cannot be recorded and must
     """
 
     def __init__(
-        self, recorder: Recorder, *, pad_id: int, most: int | None = MOST, strict: bool = False
+        self,
+        recorder: Recorder,
+        *,
+        pad_id: int,
+        most: int | None = SHORT,
+        most_even: int = 0,
+        strict: bool = False,
     ) -> None:
-        self.recorder, self.pad_id, self.most, self.strict = recorder, pad_id, most, strict
+        self.recorder, self.pad_id, self.strict = recorder, pad_id, strict
+        self.most, self.most_even = most, most_even
         self.kept: OrderedDict[Shape, Graph] = OrderedDict()
         self.gradients: dict[nn.Parameter, Tensor] = {}
         self.recorded = self.replayed = 0
@@ -276,7 +284,9 @@ class Graphs:
         return padded(batch, self.pad_id)
 
     def too_long(self, batch: Batch) -> bool:
-        return self.most is not None and batch.ids.numel() > self.most
+        if self.most is None:
+            return False
+        return batch.ids.numel() > (max(self.most, self.most_even) if even(batch) else self.most)
 
     def takes(self, batch: Batch) -> bool:
         """Whether a batch has a shape that `pad` makes."""
@@ -450,10 +460,10 @@ def make_graphs(
         return None, why
     if wish == "auto" and tokens > MOST:
         return None, f"a pass has {tokens:,} tokens, which keep a GPU busy without them"
-    most = None if wish is True else MOST
+    if wish is True:
+        return Graphs(CudaRecorder(device), pad_id=pad_id, most=None, strict=True), "as set"
     words = (
-        "as set"
-        if wish is True
-        else f"passes of {tokens:,} tokens, which the GPU then need not wait for the host to launch"
+        "" if tokens <= SHORT else f", or longer ones of documents of one length; {tokens:,} are usual here"
     )
-    return Graphs(CudaRecorder(device), pad_id=pad_id, most=most, strict=wish is True), words
+    graphs = Graphs(CudaRecorder(device), pad_id=pad_id, most_even=MOST)
+    return graphs, f"passes of up to {SHORT:,} tokens{words}"
