@@ -45,7 +45,7 @@ LAYERS = [
     ["merge_table", "merge"],
     ["results", "figures", "curves", "verdict", "card", "sections", "report"],
     ["evaluate", "verify", "merge_check", "quantize_files", "chat", "finish", "look", "use", "fold", "api"],
-    ["console", "cli", "__main__"],
+    ["console", "verbs", "cli", "__main__"],
 ]
 PACKAGES = {
     "kernels",
@@ -62,7 +62,7 @@ DOORS = {
     "matplotlib": {"figures"},
     "jinja2": {"report"},
     "triton": {"kernels"},
-    "click": {"cli"},
+    "click": {"cli", "verbs"},
     "peft": set(),
     "bitsandbytes": set(),
 }
@@ -77,6 +77,7 @@ NO_TORCH = {
     "rundir",
     "results",
     "card",
+    "verbs",
     "cli",
     "console",
 }
