@@ -85,8 +85,8 @@ def measure(tokens: int, graphed: bool, seconds: float, warmup: int) -> dict[str
         "graphs": graphed,
         "step_ms": round(took * 1e3, 3),
         "tokens_per_s": round(tokens / took, 1),
-        "loss": [round(losses[at], 5) for at in (0, 5, 10)],
-        "grad_norm": [round(norms[at], 5) for at in (0, 5, 10)],
+        "loss_at_5": round(losses[5], 5),
+        "grad_norm_at_5": round(norms[5], 5),
         "layers": layers,
     }
 
@@ -107,7 +107,7 @@ def main() -> None:
     about = {
         "command": command_line(),
         "commit": a.commit,
-        "device": torch.cuda.get_device_name(),
+        "machine": torch.cuda.get_device_name(),
         "versions": {name: version(name) for name in ("torch", "triton", "transformers")},
         "python": sys.version.split()[0],
     }

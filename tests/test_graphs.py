@@ -36,11 +36,8 @@ from loraloom.graphs import (
     adapters_reason,
     graph_reason,
     make_graphs,
-    padded,
-    rounded,
-    shape_for,
-    shape_of,
 )
+from loraloom.graph_shapes import padded, rounded, shape_for, shape_of
 from loraloom.incoming import quantize_model
 from loraloom.nll import nll_sum
 from loraloom.optim import make_optimizer

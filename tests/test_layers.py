@@ -40,7 +40,7 @@ LAYERS = [
     ["small_model", "hub", "on_load", "incoming", "bnb_format", "model"],
     ["trace", "skeleton", "recompute", "facts"],
     ["generate", "heldout", "rundir", "conversation"],
-    ["step", "originals", "prepare", "compiling", "graphs", "workshop", "samples", "checkpoint", "train"],
+    ["step", "originals", "prepare", "compiling", "graph_shapes", "graphs", "workshop", "samples", "checkpoint", "train"],
     ["sdpa", "shapes", "workload", "memory", "oom", "fit", "plan", "doctor"],
     ["merge_table", "merge"],
     ["results", "figures", "curves", "verdict", "card", "sections", "report"],

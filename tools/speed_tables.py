@@ -54,7 +54,8 @@ def base(row: dict[str, Any]) -> str:
     words = BASES.get(row["quant"], row["quant"])
     if row["peer"] != "loraloom" or row["quant"] == "none":
         return words
-    return f"{words}, {'fp8' if row.get('fp8') == 'on' else 'bf16'} products"
+    graphs = {"on": ", every pass as a CUDA graph", "off": ", no CUDA graphs"}.get(row.get("graphs", ""), "")
+    return f"{words}, {'fp8' if row.get('fp8') == 'on' else 'bf16'} products{graphs}"
 
 
 def recomputed(row: dict[str, Any]) -> str:
@@ -250,6 +251,28 @@ def fp8_quality() -> str:
     return f"{text}\n\n{table(head, lines, record)}"
 
 
+def short_steps() -> str:
+    """Short steps launched one kernel at a time, and replayed."""
+    record = measured("short_steps")
+    if record is None:
+        return NOT_YET
+    found = {(row["tokens"], row["graphs"]): row for row in record["rows"]}
+    lines = []
+    for tokens in dict.fromkeys(row["tokens"] for row in record["rows"]):
+        plain, replayed = found[tokens, False], found[tokens, True]
+        lines.append(
+            [
+                f"{tokens:,}",
+                f"{plain['step_ms']:.1f}",
+                f"{replayed['step_ms']:.1f}",
+                f"{plain['step_ms'] / replayed['step_ms']:.1f}",
+                f"{plain['loss_at_5']:.5f}, {replayed['loss_at_5']:.5f}",
+            ]
+        )
+    head = ["tokens a step", "ms", "ms as a graph", "times as fast", "loss of step 6, both ways"]
+    return table(head, lines, record)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "speed_main": lambda: speed_list("main"),
     "speed_alpaca": lambda: speed_list("alpaca"),
@@ -257,5 +280,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed_earlier": earlier,
     "speed_profile": profile,
     "speed_run": whole_run,
+    "speed_short": short_steps,
     "speed_fp8": fp8_quality,
 }

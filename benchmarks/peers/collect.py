@@ -32,7 +32,7 @@ SETTING += ["autocast", "xformers", "recompute", "fp8", "fast", "dropout"]
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row.get(name) for name in SETTING)
+    return (*(row.get(name) for name in SETTING), row.get("graphs", "auto"))
 
 
 def merged(earlier: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:

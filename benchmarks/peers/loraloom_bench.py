@@ -213,7 +213,7 @@ class Loraloom:
     def look(self) -> None:
         self.without_grad = sum(p.grad is None for p in self.trained())
 
-    def graphs(self) -> dict[str, Any] | None:
+    def passes(self) -> dict[str, Any] | None:
         """How many passes were recorded and replayed."""
         if self.replay is None:
             return None
@@ -240,7 +240,8 @@ class Loraloom:
             "checkpoint": "off" if self.recompute == "none" else "on",
             "fp8": "on" if self.multiplies8 else "off",  # what is so, not what was asked for
             "fast": self.a.fast,
-            "graphs": self.graphs(),
+            "graphs": self.a.graphs,
+            "passes": self.passes(),
             "dropout": self.a.dropout,
             "weights_gb": round(weights / 1e9, 3),
             "bits_a_weight": bits_per_parameter(self.model),
