@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,8 +22,10 @@ from loraloom.config import RunConfig, TrainConfig, resolve
 from loraloom.data import Example
 from loraloom.errors import UserError
 from loraloom.fit import Gpu, choose, tiers
+from loraloom.frozen import Frozen
 from loraloom.incoming import quantize_model
 from loraloom.memory import Predictor
+from loraloom.nll import nll_sum
 from loraloom.optim import make_optimizer
 from loraloom.packing import pack
 from loraloom.paging import CudaLanes
@@ -96,6 +99,38 @@ def test_every_tier_gives_the_same_bits(kind: str, dropout: float, quantize: boo
 @pytest.mark.parametrize(("dropout", "quantize"), [(0.0, False), (0.3, True)])
 def test_fused_layers_too_and_their_mlp_alone(dropout: float, quantize: bool) -> None:
     check_bits(fast=True, kind="llama", dropout=dropout, quantize=quantize)
+
+
+@pytest.mark.parametrize("tier", ["full", "offload"])
+def test_a_fused_layer_that_is_computed_again_leaves_its_last_product_out(
+    tier: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody reads the output then; and the layer's own code, which knows no turns, is computed again as ever."""
+    adapters = adapted(kind="llama")
+    adapters.model.set_attn_implementation(NAME)
+    fuse(adapters, TrainConfig(fast=True), gpu=False)
+    apply(adapters.model, adapters, tier)
+    made: list[str] = []
+    times = Frozen.times
+
+    def counted(self: Any, *args: Any) -> Any:
+        made.append(self.called)
+        return times(self, *args)
+
+    for layer in adapters.fast:
+        for group in layer.parts.groups():
+            group.frozen.called = group.names[0].rpartition(".")[2]  # type: ignore[attr-defined]
+    monkeypatch.setattr(Frozen, "times", counted)
+    (batch, *_) = (one.to(DEVICE) for one in pack(examples(), micro_tokens=999, packing=True, pad_id=256))
+    nll_sum(adapters.model, batch)  # proves the head, once
+    made.clear()
+    nll_sum(adapters.model, batch).backward()
+    found = Counter(made)
+    assert (found["q_proj"], found["o_proj"], found["gate_proj"], found["down_proj"]) == (4, 4, 4, 2)
+    adapters.fast[0].released = True
+    made.clear()
+    nll_sum(adapters.model, batch).backward()
+    assert Counter(made)["down_proj"] == 1
 
 
 @pytest.mark.parametrize("method", PER_LAYER)

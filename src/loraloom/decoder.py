@@ -17,13 +17,13 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .group import Group, Wide, back, dlow, low, pair_grads, then_of, thin_grad, times
+from .group import Group, PairGrads, Wide, back, dlow, low, then_of, thin, thin_grad, times
 from .kernels.block import (
     Act,
     Normed,
@@ -37,6 +37,7 @@ from .kernels.block import (
 )
 
 Backward = TypeVar("Backward", bound=Callable[..., Any])
+Turn = Literal["only", "first", "second"]  # of the forward passes of a layer that is computed again
 
 
 @dataclass
@@ -116,25 +117,39 @@ class Before(torch.autograd.Function):
     @once
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, dres: Tensor) -> tuple[Any, ...]:
         x, cos, sin, rstd, s = ctx.saved_tensors
-        parts, wide = ctx.parts, ctx.wide
-        weight = parts.norms[0]
+        parts, wide, fp8 = ctx.parts, ctx.wide, ctx.parts.qkv.frozen.fp8
+        weight, grads = parts.norms[0], PairGrads(wide, ctx.dtypes)
         dqkv = rope_grad(dq, dk, dv, cos, sin)
         ds = None if wide is None else thin_grad(wide, dqkv)
+        grads.take_b(s, dqkv)
         if ctx.needs_input_grad[0]:
-            n = back(parts.qkv, wide, shown(dqkv, parts.qkv.frozen.fp8), ds)
+            seen = shown(dqkv, fp8, keep=not fp8)
+            del dqkv
+            n = back(parts.qkv, wide, seen, ds)
             dx = norm_grad(n, x, rstd, weight, dres=dres, keep_n=wide is not None).dense
-            return dx, None, None, None, None, *pair_grads(wide, n, s, ds, dqkv, ctx.dtypes)
+            grads.take_a(n, ds)
+            return dx, None, None, None, None, *grads
         # Nothing below trains: no gradient of x, and n is made for dA alone.
-        made = None if wide is None else add_norm(x, weight, parts.eps[0]).n.dense
-        return None, None, None, None, None, *pair_grads(wide, made, s, ds, dqkv, ctx.dtypes)
+        grads.take_a(None if wide is None else add_norm(x, weight, parts.eps[0]).n.dense, ds)
+        return None, None, None, None, None, *grads
 
 
 class After(torch.autograd.Function):
-    """(attention's output (T, H D), x, parts, wides of o, gate_up and down, *pairs) -> the layer's output."""
+    """(attention's output (T, H D), x, parts, wides of o, gate_up and down, turn, *pairs) -> the layer's output.
+
+    A layer that the backward pass computes again is run in two turns. In the second nobody reads its output, so the
+    last product and what it reads are left out; the backward pass has h and makes s of it.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, attn: Tensor, x: Tensor, parts: Parts, wides: Sequence[Wide | None], *pairs: Tensor
+        ctx: Any,
+        attn: Tensor,
+        x: Tensor,
+        parts: Parts,
+        wides: Sequence[Wide | None],
+        turn: Turn,
+        *pairs: Tensor,
     ) -> Tensor:
         o, gate_up, down = wides
         fp8 = parts.o.frozen.fp8  # in 8 bits a product cannot add as it writes: the norm's kernel adds
@@ -145,12 +160,15 @@ class After(torch.autograd.Function):
         del y, more
         gu, s_gu = times(parts.gate_up, gate_up, made.n, kernel_adds=True)
         del made
-        h = swiglu(gu, parts.act, low=low(gate_up, s_gu))
-        out, s_d = times(parts.down, down, shown(h, parts.down.frozen.fp8), onto=x)
-        del h
+        if turn == "second":
+            out, s_d = torch.empty_like(x), None if down is None else x.new_empty(len(x), len(down.a))
+        else:
+            h = swiglu(gu, parts.act, low=low(gate_up, s_gu))
+            out, s_d = times(parts.down, down, shown(h, parts.down.frozen.fp8), onto=x)
+            del h
         kept = None if parts.recompute == "gate_up" else gu
         ctx.save_for_backward(attn, x, rstd, kept, s_o, s_gu, s_d)
-        ctx.parts, ctx.wides, ctx.dtypes = parts, wides, dtypes_of(pairs)
+        ctx.parts, ctx.wides, ctx.dtypes, ctx.turn = parts, wides, dtypes_of(pairs), turn
         ctx.then = then_of(wides)
         return out
 
@@ -160,7 +178,7 @@ class After(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         attn, x, rstd, gu, s_o, s_gu, s_d = ctx.saved_tensors
         parts, (o, gate_up, down) = ctx.parts, ctx.wides
-        of_o, of_gate, of_down = by_group(ctx.dtypes, ctx.wides)
+        of_o, of_gate, of_down = map(PairGrads, ctx.wides, by_group(ctx.dtypes, ctx.wides))
         dout = dout.contiguous()
         if gu is None:
             again = normed(x, parts.norms[1], parts.eps[1], parts.gate_up, gate_up)
@@ -170,21 +188,30 @@ class After(torch.autograd.Function):
         ds = None if down is None else thin_grad(down, dout)
         dh = back(parts.down, down, shown(dout, parts.down.frozen.fp8), ds, kernel_adds=True)
         swiglu_grad(gu, parts.act, dh, low=low(gate_up, s_gu), dlow=dlow(down, ds), keep_h=down is not None)
-        grads_down = pair_grads(down, dh, s_d, ds, dout, of_down)
+        if ctx.turn != "only" and down is not None:
+            s_d = thin(down, dh)  # dh's memory holds h now
+        of_down.take_b(s_d, dout)
+        of_down.take_a(dh, ds)
         del dh
 
         ds = None if gate_up is None else thin_grad(gate_up, gu)
-        n = back(parts.gate_up, gate_up, shown(gu, parts.gate_up.frozen.fp8), ds)
+        of_gate.take_b(s_gu, gu)
+        fp8 = parts.gate_up.frozen.fp8
+        seen = shown(gu, fp8, keep=not fp8)
+        del gu
+        n = back(parts.gate_up, gate_up, seen, ds)
+        del seen
         fp8 = parts.o.frozen.fp8
         dx = norm_grad(n, x, rstd, parts.norms[1], dres=dout, quantize=fp8, keep_n=gate_up is not None)
-        grads_gate = pair_grads(gate_up, n, s_gu, ds, gu, of_gate)
-        del n, gu
+        of_gate.take_a(n, ds)
+        del n
 
         assert dx.dense is not None
         ds = None if o is None else thin_grad(o, dx.dense)
+        of_o.take_b(s_o, dx.dense)
         dattn = back(parts.o, o, dx, ds) if ctx.needs_input_grad[0] else None
-        grads_o = pair_grads(o, attn, s_o, ds, dx.dense, of_o)
-        return dattn, dx.dense, None, None, *grads_o, *grads_gate, *grads_down
+        of_o.take_a(attn, ds)
+        return dattn, dx.dense, None, None, None, *of_o, *of_gate, *of_down
 
 
 def by_group(dtypes: Sequence[torch.dtype], wides: Sequence[Wide | None]) -> list[Sequence[torch.dtype]]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from . import attention
 from .adapt import Adapters
 from .attention import DocumentMask, Watch, attend, first_line, mask_of, takes_documents
-from .decoder import After, Before, Parts
+from .decoder import After, Before, Parts, Turn
 from .frozen import Frozen
 from .group import Group
 from .head import hooks_of
@@ -55,7 +55,8 @@ class FastLayer:
         self.released = False
         self._verdict: tuple[Any, str | None] = (None, None)
 
-    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, hidden_states: Tensor, *args: Any, turn: Turn = "only", **kwargs: Any) -> Any:
+        """In place of the module's forward; in a `second` turn the output is not to be read."""
         mask = kwargs.get("attention_mask", args[0] if args else None)
         angles: Any = kwargs.get("position_embeddings")
         if not isinstance(mask, DocumentMask) or not self.takes(hidden_states, angles, kwargs):
@@ -63,7 +64,7 @@ class FastLayer:
         shape = hidden_states.shape
         cos, sin = (flat(one, shape) for one in angles)
         x = hidden_states.reshape(-1, shape[-1]).contiguous()  # kernels take whole rows
-        return self.run(x, cos, sin, mask.documents).view(shape)
+        return self.run(x, cos, sin, mask.documents, turn).view(shape)
 
     def takes(self, x: Tensor, angles: Any, kwargs: dict[str, Any]) -> bool:
         """Whether this call is one that the fused code makes."""
@@ -127,7 +128,7 @@ class FastLayer:
         for group in self.parts.groups():
             group.frozen.part()
 
-    def run(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents) -> Tensor:
+    def run(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents, turn: Turn = "only") -> Tensor:
         """The layer on tokens in one line, (T, K)."""
         parts = self.parts
         computed = [group.pairs() for group in parts.groups()]
@@ -135,15 +136,16 @@ class FastLayer:
             group.wide(computes, tensors) for group, (computes, tensors) in zip(parts.groups(), computed)
         )
         later = self.qk_norms is not None or not self.turns
-        turn = (torch.ones_like(cos), torch.zeros_like(sin)) if later else (cos, sin)
-        q, k, v, x = Before.apply(x, *turn, parts, qkv, *computed[0][1])
+        angles = (torch.ones_like(cos), torch.zeros_like(sin)) if later else (cos, sin)
+        q, k, v, x = Before.apply(x, *angles, parts, qkv, *computed[0][1])
         if self.qk_norms is not None:
             q, k = (norm(part) for norm, part in zip(self.qk_norms, (q, k)))
             if self.turns:
                 q, k = turned(q, cos, sin), turned(k, cos, sin)
         attn = attend(q, k, v, documents, scale=self.scale, window=self.window)
+        del q, k, v  # nobody needs them where the layer is computed again
         pairs = [tensor for _, tensors in computed[1:] for tensor in tensors]
-        return After.apply(attn.flatten(1), x, parts, (o, gate_up, down), *pairs)
+        return After.apply(attn.flatten(1), x, parts, (o, gate_up, down), turn, *pairs)
 
 
 def flat(angle: Tensor, shape: torch.Size) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -211,25 +211,38 @@ def dlow(wide: Wide | None, ds: Tensor | None) -> tuple[Tensor, Tensor] | None:
     return None if wide is None or wide.b is None or ds is None else (ds, wide.a)
 
 
-def pair_grads(
-    wide: Wide | None,
-    x: Tensor | None,
-    s: Tensor | None,
-    ds: Tensor | None,
-    dy: Tensor,
-    dtypes: Sequence[torch.dtype],
-) -> list[Tensor]:
-    """dA, dB of each pair in order, summed in float32."""
-    if wide is None:
-        return []
-    assert x is not None
-    assert s is not None
-    assert ds is not None
-    da = mm32(ds.T, dropped(wide, x))
-    whole = mm32(dy.T, s) if wide.b is not None else None
-    grads: list[Tensor] = []
-    for number, part in enumerate(wide.parts):
-        db = mm32(dy[:, part.rows].T, s[:, part.ranks]) if whole is None else whole[part.rows, part.ranks]
-        own = da[part.ranks]
-        grads += [(own * part.e).to(dtypes[2 * number]), db.to(dtypes[2 * number + 1])]
-    return grads
+@dataclass(frozen=True)
+class PairGrads:
+    """dA and dB of a group's pairs, each made as soon as what it is made of is there, so that the rest can go.
+
+    dtypes  of A, B of each pair in order
+    """
+
+    wide: Wide | None
+    dtypes: Sequence[torch.dtype]
+    a: list[Tensor] = field(default_factory=list)
+    b: list[Tensor] = field(default_factory=list)
+
+    def take_b(self, s: Tensor | None, dy: Tensor) -> None:
+        """dB = dy^T s, summed in float32."""
+        if self.wide is None:
+            return
+        assert s is not None
+        whole = mm32(dy.T, s) if self.wide.b is not None else None
+        for part, dtype in zip(self.wide.parts, self.dtypes[1::2]):
+            db = mm32(dy[:, part.rows].T, s[:, part.ranks]) if whole is None else whole[part.rows, part.ranks]
+            self.b.append(db.to(dtype))
+
+    def take_a(self, x: Tensor | None, ds: Tensor | None) -> None:
+        """dA = ds^T x, summed in float32."""
+        if self.wide is None:
+            return
+        assert x is not None
+        assert ds is not None
+        da = mm32(ds.T, dropped(self.wide, x))
+        for part, dtype in zip(self.wide.parts, self.dtypes[::2]):
+            self.a.append((da[part.ranks] * part.e).to(dtype))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """In the order of the pairs."""
+        return (grad for pair in zip(self.a, self.b, strict=True) for grad in pair)

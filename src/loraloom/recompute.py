@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from .adapt import Adapters
 from .config import TrainConfig
 from .errors import UserError
-from .fast import engage
+from .fast import FastLayer, engage
 from .flow import Flow
 from .paging import CudaLanes, Pair
 from .skeleton import decoder_layers
@@ -181,10 +181,14 @@ class Recomputed:
         if not torch.is_grad_enabled() or any(hasattr(value, "get_seq_length") for value in given):
             return self.inner(*args, **kwargs)  # keys and values in a cache would be written twice
 
+        turns: list[dict[str, Any]] = [{}, {}]
+        if isinstance(self.inner, FastLayer):
+            turns = [{"turn": "second"}, {"turn": "first"}]
+
         def run(*args: Any) -> Any:
             if torch._C._current_graph_task_id() != -1:  # inside backward()
                 self.flow.check_recomputation()
-            return self.inner(*args, **kwargs)
+            return self.inner(*args, **kwargs, **(turns.pop() if len(turns) > 1 else turns[0]))
 
         if self.shelf is not None:
             return self.offloaded(run, args, kwargs)
