@@ -14,8 +14,8 @@ from rich.console import Console
 from tiny_models import END, PAD, FakeAdapters, byte_tokenizer, causal
 
 from loraloom.data import IGNORED, Example
-from loraloom.errors import DataError, NonFinite
-from loraloom.evaluate import evaluate_run, render
+from loraloom.errors import DataError, NonFinite, UserError
+from loraloom.evaluate import choose_tasks, evaluate_run, references_of, render
 from loraloom.generate import generate
 from loraloom.heldout import held_out
 from loraloom.noise import ratio_stderr, share_stderr, share_verdict, verdict
@@ -249,3 +249,17 @@ def test_the_table_reads_well(capfd: pytest.CaptureFixture[str]) -> None:
     assert "12 greedy answers of at most 12 tokens" in text
     assert "float32" in text
     assert capfd.readouterr().err == ""  # stderr is no terminal here, so there is no bar
+
+
+def test_a_prompt_of_several_examples_is_answered_once_with_all_their_references() -> None:
+    model, twice = causal(), [example("Why? ", "because", 1), example("Why? ", "for it is", 2)]
+    examples = [*twice, example("How? ", "like this", 3)]
+    result = run(model, FakeAdapters(model), examples, metrics=["bleu", "rouge_l"])
+    assert result["settings"]["answers"] == 2
+    assert set(result["settings"]["metrics"]) == {"sacrebleu", "pycocoevalcap"}
+    assert [one["metric"] for one in result["rows"][-2:]] == ["bleu", "rouge_l"]
+    (first, _) = choose_tasks(TOKENIZER, examples, 9, None, once=True)
+    assert references_of([first]) == [["because", "for it is"]]
+    assert len(choose_tasks(TOKENIZER, examples, 9, None)) == 3
+    with pytest.raises(UserError, match="no metric"):
+        run(model, FakeAdapters(model), examples, metrics=["blue"])

@@ -7,6 +7,7 @@ README.md                    the table of one training step, between its two mar
 docs/qlora.md                tables of what was measured, between their marks (tables.py)
 docs/methods.md              the same of the family (method_tables.py), and its picture (method_figure.py)
 docs/speed.md                the same of speed beside other tools (speed_tables.py)
+docs/studies.md              the studies that ship, and those that were made (study_tables.py)
 """
 
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 import click
 import method_tables
 import speed_tables
+import study_tables
 from method_figure import loss_figure
 from tables import filled
 
@@ -90,6 +92,9 @@ def main() -> int:
         ROOT / "docs" / "qlora.md": filled((ROOT / "docs" / "qlora.md").read_text(encoding="utf-8")),
         ROOT / "docs" / "methods.md": filled(
             (ROOT / "docs" / "methods.md").read_text(encoding="utf-8"), method_tables.TABLES
+        ),
+        ROOT / "docs" / "studies.md": filled(
+            (ROOT / "docs" / "studies.md").read_text(encoding="utf-8"), study_tables.TABLES
         ),
         ROOT / "docs" / "speed.md": filled(
             (ROOT / "docs" / "speed.md").read_text(encoding="utf-8"), speed_tables.TABLES

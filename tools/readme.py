@@ -1,4 +1,4 @@
-"""Run every command of the README and of two pages of docs/, in order, as a reader would type it.
+"""Run every command of the README and of five pages of docs/, in order, as a reader would type it.
 
 Blocks marked ```console hold lines that begin with `$ `; lines that a backslash continues belong together. Those
 that make environments (make demo, make test) are run by CI before; every other one is run here.
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/qlora.md", "docs/methods.md")
+PAGES = ("README.md", "docs/evaluate.md", "docs/analysis.md", "docs/studies.md", "docs/qlora.md", "docs/methods.md")
 BEFORE = ("make demo", "make test")  # run by .ci/run itself
 
 

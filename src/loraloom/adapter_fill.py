@@ -171,9 +171,9 @@ def check(
     folder: Path,
     config: Mapping[str, Any],
 ) -> None:
-    """Let pass tensors that are just those wanted, and finite.
+    """Let pass tensors that are just those wanted.
 
-    raises  UserError with both sides, NonFinite
+    raises  UserError with both sides
     """
     problems = misfits(adapters.model, tensors, wanted)
     if problems:
@@ -184,6 +184,12 @@ def check(
             details=problems[:20] + more,
             hint=f"it was trained on {base}" if base else "was it trained on another model?",
         )
+
+
+def check_finite(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """
+    raises  NonFinite that names the tensors
+    """
     bad = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
     if bad:
         raise NonFinite(f"adapter {folder} holds values that are not finite", details=bad[:10])

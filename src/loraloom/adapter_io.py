@@ -43,7 +43,7 @@ from .adapter_files import (
     read_config,
     read_record,
 )
-from .adapter_fill import fill_from_own, fill_from_peft, own_tensors
+from .adapter_fill import check_finite, fill_from_own, fill_from_peft, own_tensors
 from .errors import NonFinite, UserError, did_you_mean
 from .peft_config import spec_of, type_of
 from .peft_format import agreed, form_of, peft_settings
@@ -138,12 +138,18 @@ def spec_json(spec: AdapterSpec) -> dict[str, Any]:
 
 
 def load_adapter(
-    target: Adapters | nn.Module, folder: Path | str, name: str = "default", *, allow_pickle: bool = False
+    target: Adapters | nn.Module,
+    folder: Path | str,
+    name: str = "default",
+    *,
+    allow_pickle: bool = False,
+    finite: bool = True,
 ) -> Adapters:
     """Put the adapter of a folder on a model, as an adapter of that name, and use it.
 
     target        a model without adapters, or the object that its adapters hang on
     allow_pickle  read adapter_model.bin if there are no safetensors; loading it as weights only
+    finite        refuse values that are not; only who looks for them takes them
 
     raises  UserError if the folder is no adapter, or does not fit the model: every difference, on both sides
     """
@@ -165,6 +171,8 @@ def load_adapter(
         adapter = adapters.add(name, spec, blank=record is not None, starting=False)
         try:
             fill(adapters, adapter, record, tensors, folder, config)
+            for part in tensors.values() if finite else ():
+                check_finite(part, folder)
         except BaseException:
             adapters.remove(name)
             adapters.use(*before)

@@ -318,24 +318,41 @@ def merge(run: str, out: str, as_json: bool, **options: Any) -> Any:
 
 
 @cli.command("eval")
-@click.argument("run")
+@click.argument("targets", nargs=-1, metavar="RUN...")
 @model_option
 @click.option("--data", help="A file of examples, instead of the run's held-out ones.")
-@click.option(
-    "--answers", "num_answers", default=200, show_default=True, help="Examples to answer for exact match."
-)
+@click.option("--answers", type=int, help="Examples to answer for exact match; 200 by default.")
 @click.option("--max-new-tokens", type=int, help="Length of an answer.")
+@click.option(
+    "--metrics", help="More of the answers, with commas: bleu, nist, rouge_l, cider, meteor, sql (queries)."
+)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Instead of the run's.")
+@click.option(
+    "--tasks",
+    help="Benchmarks of lm-eval instead, with commas: its own names, mc1, mc2, causative, facts, 2ds, 4ds, "
+    "article2 for these six, or list.",
+)
+@click.option("--data-dir", help="With --tasks: a folder with the six tasks' files, which then need no hub.")
+@click.option("--shots", type=click.IntRange(min=0), help="With --tasks: solved examples before a question.")
+@click.option("--limit", type=click.IntRange(min=1), help="With --tasks: only the first items of each.")
+@click.option("--chat-template", is_flag=True, help="With --tasks: write prompts by the chat template.")
+@click.option("--batch", type=click.IntRange(min=1), help="With --tasks: rows at once, instead of what fits.")
+@click.option("--name", help="With --tasks: of the result in the run's eval folder.")
 @offline_option
 @with_json
-def evaluate(run: str, as_json: bool, **options: Any) -> Any:
-    """Held-out loss, perplexity and exact match: the base beside the tuned model."""
-    from . import api, evaluate, use
+def evaluate(targets: tuple[str, ...], as_json: bool, **options: Any) -> Any:
+    """Held-out loss, perplexity and exact match, or --tasks: the base beside the tuned model.
 
-    result = use.evaluate(run, progress=not as_json, **options)
-    if (Path(run) / "run.json").is_file():
-        api.write_pages(api.Run.open(run))
-    return result if as_json else evaluate.render(result, console.out)
+    With --tasks several runs or models stand in one table.
+
+    \b
+    loraloom eval runs/first
+    loraloom eval runs/first --tasks article2 --data-dir DIR
+    loraloom eval MODEL MODEL --tasks mc2,arc_easy --limit 200
+    """
+    from . import eval_verb
+
+    return eval_verb.run(targets, options, console.out, as_json=as_json)
 
 
 @cli.command()
@@ -407,6 +424,8 @@ def runs(folder: str, as_json: bool) -> Any:
         raise UserError(f"there are no runs in {folder}", hint="loraloom train makes one")
     return console.show_runs(rows)
 
+
+from . import cli_inspect, cli_study  # noqa: E402, F401
 
 if __name__ == "__main__":
     main()

@@ -30,6 +30,7 @@ EXTRAS = {
     "data": (("datasets", "pyarrow"), "Parquet files and Hugging Face data sets"),
     "gguf": (("gguf", "sentencepiece"), "GGUF files and the small demo model"),
     "report": (("matplotlib", "jinja2"), "the HTML report"),
+    "eval": (("lm_eval",), "benchmarks: eval --tasks"),
 }
 
 

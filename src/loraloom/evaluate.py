@@ -3,6 +3,7 @@
   loss, perplexity  over all labelled tokens
   exact match       the greedy answer is the reference, up to white space at the ends
   stopped           the answer ended by itself
+  bleu ...          as asked for: text_metrics.py
 
 source  tests/test_evaluate.py
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import zip_longest
 from typing import Any, Protocol
@@ -26,6 +27,7 @@ from .errors import DataError
 from .generate import Answer, context_length, generate
 from .heldout import Loss, held_out
 from .noise import BETTER, WORSE, influences, share_stderr, share_verdict, spread, verdict
+from .text_metrics import check_metrics, metric_rows
 from .wording import number, percent, plural, signed
 
 SHOWN = 20  # examples kept with their answers
@@ -48,6 +50,7 @@ class Task:
     prompt: list[int]
     answer: list[int]
     reference: str
+    others: tuple[str, ...] = ()  # references of further examples with the same prompt
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,14 @@ def evaluate_run(
     batch_tokens: int = 8192,
     packing: bool = True,
     name: str = "held-out",
+    metrics: Sequence[str] = (),
     progress: bool = True,
 ) -> dict[str, Any]:
     """The base beside what is active in `adapters`, as the JSON of eval/NAME.json.
 
     num_answers     examples to answer for exact match, evenly over the set; 0 for none
+    metrics         of the answers, from text_metrics; examples with the same prompt are then answered once, and the
+                    answers of all of them are its references
     max_new_tokens  length of an answer; None for a little more than the longest reference, at most 256
 
     raises  DataError without examples or labelled tokens, NonFinite if a loss is not a number
@@ -86,7 +92,8 @@ def evaluate_run(
     if not len(examples):
         raise DataError("there are no held-out examples", hint="set data.eval, or give a file of them")
     adapters.eval()
-    tasks = choose_tasks(tokenizer, examples, num_answers, context_length(model))
+    packages = check_metrics(metrics)
+    tasks = choose_tasks(tokenizer, examples, num_answers, context_length(model), once=bool(metrics))
     longest = max((len(task.answer) for task in tasks), default=0)
     new_tokens = max_new_tokens or min(LONGEST, longest + 8)  # what runs on beyond its reference cannot match
     for_loss = {"pad_id": pad_id, "micro_tokens": micro_tokens, "packing": packing}
@@ -108,11 +115,12 @@ def evaluate_run(
         "device": parameter.device.type,
         "packing": packing,
     }
+    more = metric_rows(metrics, base.texts, tuned.texts, references_of(tasks)) if metrics else []
     return {
         "name": name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "settings": settings,
-        "rows": rows(base, tuned, tasks),
+        "settings": settings | ({"metrics": packages} if metrics else {}),
+        "rows": rows(base, tuned, tasks) + more,
         "examples": shown_examples(tokenizer, examples, tasks, base, tuned),
     }
 
@@ -132,15 +140,30 @@ def measure(
     return Side(loss, answers, [text_of(tokenizer, answer.ids) for answer in answers])
 
 
-def choose_tasks(tokenizer: Any, examples: Sequence[Example], count: int, context: int | None) -> list[Task]:
-    """Examples with a prompt and an answer, evenly over the set; plain text has no prompt to answer."""
-    usable = []
+def choose_tasks(
+    tokenizer: Any, examples: Sequence[Example], count: int, context: int | None, *, once: bool = False
+) -> list[Task]:
+    """Examples with a prompt and an answer, evenly over the set; plain text has no prompt to answer.
+
+    once  a prompt that several examples have is one task with their answers
+    """
+    usable: dict[Any, Task] = {}
     for i in range(len(examples)):
         prompt, answer = examples[i].prompt_ids, examples[i].answer_ids
-        if len(prompt) > 1 and answer and (context is None or len(prompt) < context):
-            usable.append(Task(i, list(prompt), list(answer), text_of(tokenizer, answer)))
-    count = min(count, len(usable))
-    return [usable[place * len(usable) // count] for place in range(count)]
+        if not (len(prompt) > 1 and answer and (context is None or len(prompt) < context)):
+            continue
+        key, reference = tuple(prompt) if once else i, text_of(tokenizer, answer)
+        if key in usable:
+            usable[key] = replace(usable[key], others=(*usable[key].others, reference))
+        else:
+            usable[key] = Task(i, list(prompt), list(answer), reference)
+    found = list(usable.values())
+    count = min(count, len(found))
+    return [found[place * len(found) // count] for place in range(count)]
+
+
+def references_of(tasks: Sequence[Task]) -> list[list[str]]:
+    return [[task.reference, *task.others] for task in tasks]
 
 
 def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
@@ -178,7 +201,7 @@ def rows(base: Side, tuned: Side, tasks: Sequence[Task]) -> list[dict[str, Any]]
 
 def matches(tasks: Sequence[Task], side: Side) -> list[bool]:
     """Which answers are their references."""
-    return [text == task.reference for text, task in zip(side.texts, tasks, strict=True)]
+    return [text in (task.reference, *task.others) for text, task in zip(side.texts, tasks, strict=True)]
 
 
 def loss_row(

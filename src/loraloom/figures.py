@@ -1,7 +1,7 @@
-"""Line and bar charts as SVG that stands inline in a page: the only file that imports matplotlib.
+"""Charts as SVG that stands inline in a page, or as files: the only file that imports matplotlib.
 
 The colours are CSS variables of the page, so that one drawing serves light and dark; text stays text.
-No user's text enters a drawing: names are written by the page, which escapes them.
+No user's text enters a drawing but names of modules: others are written by the page, which escapes them.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .files import write_bytes, write_text
 
 # Drawn colour -> the page's variable. The drawn ones are arbitrary; they only have to be unlike each other.
 SERIES = [f"#a1b2c{i}" for i in range(8)]
@@ -23,6 +25,25 @@ VARIABLES = {colour: f"var(--s{i + 1})" for i, colour in enumerate(SERIES)} | {
     BASE: "var(--base)",
     CARD: "var(--card)",
 }
+
+
+@dataclass(frozen=True)
+class Colours:
+    """What a drawing is coloured with."""
+
+    ink: str
+    grid: str
+    base: str
+    series: Sequence[str]
+
+
+PAGE = Colours(INK, GRID, BASE, SERIES)
+PAPER = Colours(  # of a picture that stands alone: the page's light ones
+    "#5b6470",
+    "#dfe3e8",
+    "#68707c",
+    ["#2563c9", "#c4500b", "#0b7f63", "#8546c2", "#b52f68", "#776800", "#0b7495", "#59616d"],
+)
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
 POINTS = 1200  # of one drawn line; longer ones are thinned, and the table keeps every point
 
@@ -143,39 +164,102 @@ def bar_chart(
 
 def drawing(name: str, size: tuple[int, int], title: str, draw: Callable[[Any], None]) -> str:
     """An SVG element with what `draw` puts on its axes."""
-    figure_class, style = matplotlib_parts()
-    with style(
-        {
-            "svg.fonttype": "none",
-            "text.parse_math": False,
-            "svg.hashsalt": "loraloom",
-            "font.size": 11,
-            "font.family": "DejaVu Sans",
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.spines.left": False,
-            "axes.edgecolor": GRID,
-            "axes.labelcolor": INK,
-            "axes.grid": True,
-            "axes.grid.axis": "y",
-            "axes.axisbelow": True,
-            "grid.color": GRID,
-            "grid.linewidth": 1,
-            "xtick.color": INK,
-            "ytick.color": INK,
-            "ytick.major.size": 0,
-            "xtick.major.size": 3,
-            "axes.formatter.limits": (-3, 5),
-        }
-    ):
-        figure = figure_class(figsize=(size[0] / 72, size[1] / 72), layout="constrained")
-        figure.patch.set_visible(False)
+
+    def on_axes(figure: Any, _: Colours) -> None:
         axes = figure.add_subplot()
         axes.patch.set_visible(False)
         draw(axes)
+
+    return figure_drawing(name, size, title, on_axes)
+
+
+Draw = Callable[[Any, Colours], None]  # puts axes and what is on them on a figure
+
+
+def figure_drawing(name: str, size: tuple[int, int], title: str, draw: Draw) -> str:
+    """An SVG element with what `draw` puts on a figure."""
+    return inline(as_svg(size, draw, PAGE), name, size, title)
+
+
+def figure_files(stem: Path, size: tuple[int, int], draw: Draw) -> list[Path]:
+    """The same as two files on white, stem.svg and stem.png."""
+    figure_class, style = matplotlib_parts()
+    svg, png = stem.with_name(f"{stem.name}.svg"), stem.with_name(f"{stem.name}.png")
+    write_text(svg, as_svg(size, draw, PAPER))
+    with style(look(PAPER)):
+        figure = figure_class(figsize=(size[0] / 72, size[1] / 72), layout="constrained", facecolor="white")
+        draw(figure, PAPER)
+        pixels = io.BytesIO()
+        figure.savefig(pixels, format="png", dpi=144, metadata={"Software": None})
+    write_bytes(png, pixels.getvalue())
+    return [svg, png]
+
+
+def as_svg(size: tuple[int, int], draw: Draw, colours: Colours) -> str:
+    figure_class, style = matplotlib_parts()
+    with style(look(colours)):
+        figure = figure_class(figsize=(size[0] / 72, size[1] / 72), layout="constrained")
+        figure.patch.set_visible(colours is not PAGE)
+        draw(figure, colours)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return inline(buffer.getvalue(), name, size, title)
+    return buffer.getvalue()
+
+
+def look(colours: Colours) -> dict[str, Any]:
+    """matplotlib's settings for every drawing."""
+    return {
+        "svg.fonttype": "none",
+        "text.parse_math": False,
+        "svg.hashsalt": "loraloom",
+        "font.size": 11,
+        "font.family": "DejaVu Sans",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.spines.left": False,
+        "axes.facecolor": "none",
+        "axes.edgecolor": colours.grid,
+        "axes.labelcolor": colours.ink,
+        "axes.titlecolor": colours.ink,
+        "axes.titlesize": 11,
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "axes.axisbelow": True,
+        "grid.color": colours.grid,
+        "grid.linewidth": 1,
+        "xtick.color": colours.ink,
+        "ytick.color": colours.ink,
+        "ytick.major.size": 0,
+        "xtick.major.size": 3,
+        "axes.formatter.limits": (-3, 5),
+    }
+
+
+def heat_panel(axes: Any, rows: Sequence[Sequence[float]], *, top: float = 1.0) -> Any:
+    """A heat map of numbers from 0 to `top`, the first row above; rows and columns are counted from 1."""
+    height, width = len(rows), max(map(len, rows))
+    image = axes.imshow(
+        rows,
+        cmap="viridis",
+        vmin=0,
+        vmax=top,
+        aspect="auto",
+        interpolation="none",
+        extent=(0.5, width + 0.5, height + 0.5, 0.5),
+    )
+    for axis, count in ((axes.xaxis, width), (axes.yaxis, height)):
+        axis.set_ticks(ticks(count))
+    axes.grid(visible=False)
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    return image
+
+
+def ticks(count: int) -> list[int]:
+    """1 and a few round places up to the last one."""
+    step = next(s for s in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 1 << 30) if count <= 6 * s)
+    return [1, *range(max(step, 2), count + 1, step)]
 
 
 def inline(svg: str, name: str, size: tuple[int, int], title: str) -> str:
@@ -187,6 +271,7 @@ def inline(svg: str, name: str, size: tuple[int, int], title: str) -> str:
     body = re.sub(r'\bid="([^"]*)"', rf'id="{name}-\1"', body)
     body = re.sub(r"url\(#([^)]*)\)", rf"url(#{name}-\1)", body)
     body = re.sub(r'xlink:href="#([^"]*)"', rf'href="#{name}-\1"', body)
+    body = re.sub(r'xlink:href="(data:[^,"]*,)\s*', r'href="\1', body)
     body = re.sub(r"#a1b2[0-9a-f]{2}", lambda found: VARIABLES.get(found[0], found[0]), body)
     body = re.sub(r"\s*\n\s*", " ", body)
     head = f'<svg viewBox="0 0 {size[0]} {size[1]}" role="img" aria-label="{title}">'

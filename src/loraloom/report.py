@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import sections
+from . import inspect_page, sections
 from .config import flatten
 from .curves import is_number, loss_chart, overlay, series, small_charts, smooth
 from .environment import now, version
@@ -64,6 +64,7 @@ def report_content(run: Run) -> dict[str, Any]:
         "samples": sections.sample_views(run),
         "data": sections.data_view(run),
         "adapter": sections.adapter_view(run),
+        "analysis": inspect_page.analysis_view(run),
         "settings": sections.settings_view(run),
         "environment": sections.pairs(
             {name: value for name, value in run.env.items() if name != "base_is_folder"}

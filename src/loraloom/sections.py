@@ -46,7 +46,8 @@ def evaluation_views(run: Run) -> list[dict[str, Any]]:
                 "name": str(table["name"]),
                 "created": table.get("created"),
                 "rows": rows,
-                "settings": pairs(table.get("settings") or {}),
+                "settings": pairs({k: v for k, v in (table.get("settings") or {}).items() if k != "tasks"}),
+                "tasks": task_rows((table.get("settings") or {}).get("tasks")),
                 "kinds": example_kinds(table.get("examples") or []),
                 "csv": csv_address(columns, plain),
                 "file": f"eval-{table['name']}.csv",
@@ -62,7 +63,9 @@ def evaluation_row(row: Mapping[str, Any]) -> dict[str, str]:
     change = {"value": row.get("change"), "stderr": row.get("change_stderr")}
     rise = "+" if isinstance(row.get("change"), int | float) and row["change"] > 0 else ""
     return {
-        "metric": str(row.get("metric", "")).replace("_", " "),
+        "metric": f"{row['task']}, {row['score']}"
+        if "task" in row
+        else str(row.get("metric", "")).replace("_", " "),
         "unit": "" if is_share else str(row.get("unit") or ""),
         "base": with_error(row.get("base"), is_share),
         "tuned": with_error(row.get("tuned"), is_share),
@@ -70,6 +73,22 @@ def evaluation_row(row: Mapping[str, Any]) -> dict[str, str]:
         "sign": sign,
         "verdict": words,
     }
+
+
+def task_rows(tasks: Any) -> list[list[str]]:
+    """The benchmarks of a table: task, version, shots, items, where its items are from."""
+    if not isinstance(tasks, dict):
+        return []
+    return [
+        [
+            name,
+            str(about.get("version")),
+            plain(about.get("shots")),
+            f"{plain(about.get('items'))} of {plain(about.get('of'))}",
+            str(about.get("source") or "the hub"),
+        ]
+        for name, about in tasks.items()
+    ]
 
 
 def with_error(cell: Any, is_share: bool = False) -> str:

@@ -27,6 +27,7 @@ from .generate import context_length
 from .model import Loaded, load_model
 from .model_files import stored_format
 from .rundir import STATE, Run, find_runs
+from .text_metrics import check_metrics
 from .workshop import UNLIMITED
 
 STORED = "stored"  # the number format that the base's weights have on the disk
@@ -191,13 +192,17 @@ def evaluate(
     max_new_tokens: int | None = None,
     model: str | None = None,
     dtype: str | None = None,
+    metrics: Sequence[str] = (),
     offline: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Held-out loss, perplexity and exact match of the base beside the tuned model, with standard errors.
 
     The result is also kept in the run's eval/ folder, and shown in its report.
+
+    metrics  more of the answers, from text_metrics.METRICS
     """
+    check_metrics(metrics)  # before a large model is loaded
     opened = open_target(target, model=model, dtype=dtype, offline=offline)
     if opened.adapters is None:
         raise UserError(
@@ -216,6 +221,7 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         packing=opened.run.config.data.packing if opened.run else True,
         name=Path(data).stem if data else "held-out",
+        metrics=metrics,
         progress=progress,
     )
     if opened.run is not None:
