@@ -36,6 +36,9 @@ VERBS = [
     "chat",
     "report",
     "runs",
+    "inspect",
+    "study",
+    "latency",
 ]
 
 

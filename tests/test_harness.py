@@ -593,6 +593,47 @@ def test_what_does_not_go_together(
     assert message in capsys.readouterr().err
 
 
+def test_tasks_that_let_a_model_write(plain: Any, tmp_path: Path, no_sockets: None) -> None:
+    """A task of one's own, by its YAML; the references are what the model says, so that all are right."""
+    from loraloom.generate import generate
+
+    prompts = [f"count {i} and {i}" for i in range(5)]
+    ids = [plain.tokenizer(prompt)["input_ids"] for prompt in prompts]
+    said = generate(
+        plain.model, ids, stop_ids=plain.loaded.stop_ids, pad_id=plain.loaded.pad_id, max_new_tokens=5
+    )
+    docs = [{"q": q, "a": plain.tokenizer.decode(one.ids)} for q, one in zip(prompts, said, strict=True)]
+    (tmp_path / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    task = {
+        "task": "saying",
+        "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {"test": str(tmp_path / "docs.jsonl")},
+            "cache_dir": str(tmp_path / "cache"),
+        },
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{q}}",
+        "doc_to_target": "{{a}}",
+        "generation_kwargs": {"until": ["never said"], "max_gen_toks": 5, "do_sample": False},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (tmp_path / "saying.yaml").write_text(json.dumps(task))
+    loaded = harness.load_tasks([tmp_path / "saying.yaml"], offline=True, progress=False)
+    for options in (Options(), Options(batch=2)):
+        results = harness.measure(plain.model, plain.tokenizer, loaded, options, offline=True, progress=False)
+        score = scores.read_scores(results)["saying", "exact_match"]
+        assert (score.value, score.items, score.is_share) == (1.0, 5, True)
+        assert results["used"] == ([5] if options.batch is None else [1, 2])
+    result = benchmark([plain.target], str(tmp_path / "saying.yaml"), dtype="float32", offline=True)
+    assert result["name"] == "saying"
+    assert result["rows"][0]["cells"] == [{"value": 1.0, "stderr": 0.0}]
+    with pytest.raises(UserError, match="there is no file"):
+        benchmark([plain.target], str(tmp_path / "other.yaml"), offline=True)
+    with pytest.raises(UserError, match="cannot be named"):
+        benchmark([plain.target], "2ds", name="a/b")
+
+
 def test_a_chat_template_must_be_there(plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plain.tokenizer, "chat_template", None)
     with pytest.raises(UserError, match="no chat template"):
@@ -656,7 +697,7 @@ def test_real_scores_equal_hf_on_the_merged_folder(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In float32, thirty layers, each log-likelihood of the answers to within 1e-3 nats."""
+    """In float32, thirty layers, each log-likelihood of the answers: measured at 2.3e-5 nats apart."""
     seen = []
     measure = harness.measure
     monkeypatch.setattr(harness, "measure", lambda *a, **k: seen.append(measure(*a, **k)) or seen[-1])
@@ -664,7 +705,7 @@ def test_real_scores_equal_hf_on_the_merged_folder(
     fold.merge(str(real_adapter), str(tmp_path / "merged"), dtype="float32", no_verify=True)
     theirs = by_hf(tmp_path / "merged", real_files, tmp_path / "tasks", limit, full_names(names))
     base, tuned = (answers(results) for results in seen)
-    assert_close(tuned, answers(theirs), 1e-3)
+    assert_close(tuned, answers(theirs), 2e-4)
     assert max(abs(a - b) for key in base for a, b in zip(base[key], tuned[key], strict=True)) > 1
     for row in result["rows"]:
         assert row["tuned"]["value"] == pytest.approx(theirs["results"][row["task"]]["acc,none"], abs=1e-4)

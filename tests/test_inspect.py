@@ -382,6 +382,19 @@ def test_a_base_in_4_bits_is_the_one_that_training_saw(method: str, tmp_path: Pa
         check_layer(rows[key], decoded, site.method.delta(site.layer, site.p).detach().double().numpy())
 
 
+def test_w_is_rounded_as_training_read_it(base: Path, tmp_path: Path) -> None:
+    adapter_of(base, tmp_path / "adapter")
+    own = json.loads((tmp_path / "adapter" / "loraloom.json").read_text())
+    own["trained_on"] = {"dtype": "bfloat16"}
+    (tmp_path / "adapter" / "loraloom.json").write_text(json.dumps(own))
+    tensors = load_file(base / "model.safetensors")
+    for name, row in by_name(inspection.inspect(tmp_path / "adapter", offline=True)).items():
+        w = tensors[f"{name}.weight"]
+        seen = float(w.bfloat16().double().norm())
+        assert row["norm_W"] == pytest.approx(seen, rel=1e-9)
+        assert seen != pytest.approx(float(w.double().norm()), rel=1e-7)
+
+
 def test_what_is_trained_whole_and_a_tied_head_are_looked_at(base: Path, tmp_path: Path) -> None:
     targets = ["q_proj", "embed_tokens", "lm_head"]
     adapter = adapter_of(base, tmp_path / "adapter", target_modules=targets)

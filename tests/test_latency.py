@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from loraloom import cli, latency
 from loraloom.errors import UserError
-from loraloom.latency import BASE, MERGED, UNMERGED, Case, bottleneck, case_of, interval, says
+from loraloom.latency import AGAIN, BASE, MERGED, UNMERGED, Case, bottleneck, case_of, interval, says
 from loraloom.skeleton import make_shape, meta_model
 
 TINY = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64, "vocab_size": 60}
@@ -29,7 +29,7 @@ def base() -> Any:
 def test_the_models_that_are_timed(base: Any) -> None:
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     models, weights = latency.variants(base, 3000, 0)
-    assert list(models) == [BASE, MERGED, UNMERGED, "AdapterL", "AdapterH"]
+    assert list(models) == [BASE, AGAIN, MERGED, UNMERGED, "AdapterL", "AdapterH"]
     ids = torch.randint(0, 60, (2, 9))
     logits = {name: latency.run(model, ids) for name, model in models.items()}
     assert logits[BASE].shape == (2, 1, 60)
@@ -38,7 +38,14 @@ def test_the_models_that_are_timed(base: Any) -> None:
     torch.testing.assert_close(logits["AdapterL"], logits[BASE])  # bottlenecks begin at zero
     for name, tensor in base.state_dict().items():
         assert torch.equal(tensor, before[name]), name
-    assert weights == {BASE: 0, MERGED: 0, UNMERGED: 2 * 2 * 4 * 64, "AdapterL": 3052, "AdapterH": 2988}
+    assert weights == {
+        BASE: 0,
+        AGAIN: 0,
+        MERGED: 0,
+        UNMERGED: 2 * 2 * 4 * 64,
+        "AdapterL": 3052,
+        "AdapterH": 2988,
+    }
 
 
 def test_a_merged_model_runs_without_any_of_our_code(base: Any) -> None:
@@ -65,7 +72,7 @@ def test_bottlenecks_are_as_large_as_in_the_paper(method: str, names: str) -> No
 
 def test_drift_falls_on_all_alike(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine that gets three times slower while it measures, the ratios come out as they are."""
-    now, costs = [0.0], {BASE: 1.0, MERGED: 1.0, UNMERGED: 1.05, "AdapterL": 1.2, "AdapterH": 1.3}
+    now, costs = [0.0], {BASE: 1.0, AGAIN: 1.0, MERGED: 1.0, UNMERGED: 1.05, "AdapterL": 1.2, "AdapterH": 1.3}
     noise = random.Random(1)
 
     def run(model: Any, ids: Any) -> Any:
@@ -81,8 +88,9 @@ def test_drift_falls_on_all_alike(base: Any, monkeypatch: pytest.MonkeyPatch) ->
         assert row["variants"][name]["overhead"] == pytest.approx(cost - 1, abs=0.01)
     low, high = row["variants"][MERGED]["interval"]
     assert low < 0 < high
-    assert "within the noise" in row["says"][0]
-    assert "slower" in row["says"][3]
+    assert "base, again is within the noise of itself" in row["says"][0]
+    assert "within the noise of the base" in row["says"][1]
+    assert "slower" in row["says"][4]
 
 
 def test_the_interval_holds_the_median() -> None:
@@ -118,6 +126,8 @@ def test_cases_are_read_and_refused() -> None:
     for text in ("32", "0x4", "ax4"):
         with pytest.raises(UserError, match="batch x length"):
             case_of(text)
+    with pytest.raises(UserError, match="one thread"):
+        latency.measure([Case(1, 8, 1)], device=torch.device("cuda"), shape=TINY, clock="cpu")
     with pytest.raises(UserError, match="takes 64"):
         latency.measure([Case(1, 65, 1)], device=CPU, shape=TINY)
 

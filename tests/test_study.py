@@ -123,7 +123,7 @@ def test_a_method_with_options_replaces_the_method_of_the_base(tmp_path: Path) -
         settings=[{"name": "plain", "method": "lora"}, {"name": "vera", "method": {"name": "vera"}}],
     )
     found = read_study(path)
-    assert [found.config(one).method["name"] for one in found.settings] == ["lora", "vera"]
+    assert [found.config(one).method for one in found.settings] == [{"name": "lora"}, {"name": "vera"}]
 
 
 @pytest.mark.parametrize(
@@ -487,12 +487,24 @@ def test_a_signal_is_passed_on_to_the_run() -> None:
         "print('ready', flush=True)\n"
         "time.sleep(60)"
     )
-    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
-    assert child.stdout is not None
-    with child.stdout, study.passing_on(child):
-        child.stdout.readline()
-        signal.raise_signal(signal.SIGTERM)
-        assert child.wait(timeout=30) == 7
+    with study.passing_on() as relay:
+        signal.raise_signal(signal.SIGINT)  # before it is there
+        child = relay.to(
+            subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
+        )
+        assert child.stdout is not None
+        with child.stdout:
+            assert child.wait(timeout=30) != 0
+    with study.passing_on() as relay:
+        child = relay.to(
+            subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
+        )
+        assert child.stdout is not None
+        with child.stdout:
+            child.stdout.readline()
+            signal.raise_signal(signal.SIGTERM)
+            assert child.wait(timeout=30) == 7
+    assert relay.asked == 1
 
 
 def test_a_process_that_dies_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -504,6 +516,9 @@ def test_a_process_that_dies_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "memory runs out" in json.loads((tmp_path / "failure.json").read_text())["message"]
     shell.write_text("#!/bin/sh\nexit 130\n")
     with pytest.raises(KeyboardInterrupt):
+        study.in_process({"failure": str(tmp_path / "failure.json")})
+    shell.write_text(f"#!/bin/sh\ntrap '' INT\nkill -INT {os.getpid()}\nsleep 1\nexit 0\n")
+    with pytest.raises(KeyboardInterrupt):  # a run that came to its end before it heard
         study.in_process({"failure": str(tmp_path / "failure.json")})
 
 

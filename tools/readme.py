@@ -11,7 +11,14 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/evaluate.md", "docs/analysis.md", "docs/studies.md", "docs/qlora.md", "docs/methods.md")
+PAGES = (
+    "README.md",
+    "docs/evaluate.md",
+    "docs/analysis.md",
+    "docs/studies.md",
+    "docs/qlora.md",
+    "docs/methods.md",
+)
 BEFORE = ("make demo", "make test")  # run by .ci/run itself
 
 

@@ -71,12 +71,12 @@ def forward_times() -> str:
             f", {record['threads']} thread{'s' if record['threads'] > 1 else ''}" if record["threads"] else ""
         )
         said = "; ".join(
-            f"{case['batch']} x {case['length']}: {sentence}"
+            f"{case['batch']} x {case['length']}: {latency.says(name, case['variants'][name])}"
             for case in record["cases"]
-            for sentence in case["says"][:1]
+            for name in (latency.AGAIN, latency.MERGED)
         )
         versions = f"torch {record['versions']['torch']}; transformers {record['versions']['transformers']}"
-        about = f"{record['machine']}, {record['dtype']}{threads}; {record['rounds']} rounds; {versions}; "
+        about = f"{record['machine']}, {record['dtype']}{threads}; {record['rounds']} rounds, {record['clock']} time; {versions}; "
         about += f"commit {record['commit'][:7]}; `{plain(record['command'])}`"
         parts.append(f"{table(latency.COLUMNS, lines)}\n\n{said}.\n\n{about}")
     return "\n\n".join(parts)

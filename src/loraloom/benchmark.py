@@ -52,7 +52,7 @@ def benchmark(
 ) -> dict[str, Any]:
     """Scores with their standard errors. Of one run or adapter: base beside tuned. Of several targets: a column each.
 
-    names     tasks of lm-eval, short names, or "article2"
+    names     tasks of lm-eval, YAML files of one's own, short names, or "article2"
     data_dir  a folder with the files of the article's six tasks, which then need no hub
     name      of the result in the run's eval/ folder; made from the tasks otherwise
 
@@ -101,16 +101,26 @@ def choose(
 ) -> Chosen:
     """The tasks with their data, before any model is loaded."""
     full = tasks.full_names(names)
+    if name is not None and (Path(name).name != name or name == "held-out"):
+        raise UserError(f"a result cannot be named {name!r}", hint="--name takes a plain word")
     if data_dir is None:
-        own = [harness.yaml_of(SOURCES[one].yaml) if one in SOURCES else one for one in full]  # no search
+        own = [place_of(one) for one in full]
         return Chosen(harness.load_tasks(own, offline=offline, progress=progress), {}, name or label(full))
     written = tasks.write_local(full, Path(data_dir), folder, yaml_of=harness.yaml_of, shots=shots)
     loaded = harness.load_tasks([task.path for task in written], offline=True, progress=progress)
     return Chosen(loaded, {task.name: task for task in written}, name or label(full))
 
 
+def place_of(name: str) -> str | Path:
+    """A task's YAML where it is known without a search through all of lm-eval's; else its name."""
+    if name in SOURCES:
+        return harness.yaml_of(SOURCES[name].yaml)
+    return Path(name) if name.endswith((".yaml", ".yml")) else name
+
+
 def label(full: Sequence[str]) -> str:
     """A file's name for a set of tasks."""
+    full = [Path(name).stem if name.endswith((".yaml", ".yml")) else name for name in full]
     if set(full) == set(tasks.SHORT.values()):
         return tasks.ARTICLE
     short = {whole: part for part, whole in tasks.SHORT.items()}

@@ -329,8 +329,8 @@ def merge(run: str, out: str, as_json: bool, **options: Any) -> Any:
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Instead of the run's.")
 @click.option(
     "--tasks",
-    help="Benchmarks of lm-eval instead, with commas: its own names, mc1, mc2, causative, facts, 2ds, 4ds, "
-    "article2 for these six, or list.",
+    help="Benchmarks of lm-eval instead, with commas: its own names, a YAML file, mc1, mc2, causative, facts, "
+    "2ds, 4ds, article2 for these six, or list.",
 )
 @click.option("--data-dir", help="With --tasks: a folder with the six tasks' files, which then need no hub.")
 @click.option("--shots", type=click.IntRange(min=0), help="With --tasks: solved examples before a question.")

@@ -54,7 +54,7 @@ def inspect(
     written: list[Path] = []
     if output is not None:
         written = inspection.write_page(found, Path(output), shlex.join(["loraloom", *sys.argv[1:]]))
-    if (Path(adapter) / "run.json").is_file():
+    if found["base"] and (Path(adapter) / "run.json").is_file():
         from . import api
 
         inspection.keep(found, Path(adapter))

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from . import console
 from .errors import Failure, UserError
-from .study_table import cells, columns
+from .study_table import cells, columns, published
 from .verbs import cli, offline_option, with_json
 from .wording import number, plural
 
@@ -117,15 +117,15 @@ def show_plans(name: str, preset: str | None, offline: bool, as_json: bool) -> A
     plans = plan_study(found, offline=offline)
     if as_json:
         return {"study": found.to_dict(), "plan": [one.to_dict() for one in plans]}
-    lines = [["setting", "weights that train", "optimizer", "peak of a step", "steps"]]
+    lines = [["setting", "weights that train", "optimizer", "peak of a step", "steps", "published"]]
     for one in plans:
         memory = console.size(one.memory) if one.memory is not None else one.why
         checked = "=" if one.name in found.file.expected else ""
         steps = f"{one.steps:,}" if one.steps is not None else ""
-        lines.append(
-            [one.name, f"{one.trainable:,} {checked}".strip(), console.size(one.state), memory, steps]
-        )
-    show_lines(lines, left=(0,))
+        known = published(found.file.published.get(one.name, {}))
+        counted = f"{one.trainable:,} {checked}".strip()
+        lines.append([one.name, counted, console.size(one.state), memory, steps, known])
+    show_lines(lines, left=(0, 5))
     runs = f"{len(found.settings)} settings, {len(found.seeds)} seeds: {len(found.settings) * len(found.seeds)} runs"
     only = f"; can only be planned: {found.file.plan_only}" if found.file.plan_only else ""
     console.out.print(Text(f"{runs}{only}", style="dim"))
@@ -183,6 +183,13 @@ def show_page(folder: str) -> None:
 @click.option(
     "--rounds", type=click.IntRange(min=1), default=100, show_default=True, help="Passes of each variant."
 )
+@click.option(
+    "--clock",
+    type=click.Choice(["wall", "cpu"]),
+    default="wall",
+    show_default=True,
+    help="cpu: this process's time, of one thread, where other work goes on beside it.",
+)
 @click.option("-o", "--output", help="Also write the numbers to this JSON file.")
 @with_json
 def latency(
@@ -190,6 +197,7 @@ def latency(
     device: str | None,
     dtype: str | None,
     rounds: int,
+    clock: str,
     output: str | None,
     as_json: bool,
 ) -> Any:
@@ -209,6 +217,7 @@ def latency(
         device=place,
         dtype=dtype or ("bfloat16" if place.type == "cuda" else "float32"),
         rounds=rounds,
+        clock=clock,
         told=(lambda row: None) if as_json else show_case,
     )
     record = {"command": shlex.join(["loraloom", *sys.argv[1:]])} | record
@@ -228,5 +237,7 @@ def show_case(row: dict[str, Any]) -> None:
 
 def show_machine(record: dict[str, Any]) -> None:
     threads = f", {plural(record['threads'], 'thread')}" if record["threads"] else ""
-    facts = f"{record['machine']}, {record['dtype']}{threads}; {record['rounds']} rounds in drawn order"
+    facts = (
+        f"{record['machine']}, {record['dtype']}{threads}; {record['rounds']} rounds, {record['clock']} time"
+    )
     console.out.print(Text(facts, style="dim"))

@@ -168,6 +168,7 @@ def token_budget(model: Any) -> int:
     device = next(model.parameters()).device
     room: float = CPU_BYTES
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what a former pass left would make this one's batches smaller
         room = GPU_SHARE * torch.cuda.mem_get_info(device)[0]
     return max(1, int(room / (8 * model.get_input_embeddings().weight.shape[0])))
 
@@ -213,6 +214,10 @@ def load_tasks(specs: Sequence[str | Path], *, offline: bool, progress: bool) ->
     for spec in specs:
         if isinstance(spec, str) and spec not in known:
             raise UserError(f"there is no task {spec!r}", hint=did_you_mean(spec, known))
+        if isinstance(spec, Path) and not spec.is_file():
+            raise UserError(
+                f"there is no file {spec}", hint="a task of your own is a YAML file of lm-eval's kind"
+            )
         with fetching(spec if isinstance(spec, str) else spec.stem, offline), quietly(shown=progress):
             found = manager.load([str(spec)])
         for name, task in found["tasks"].items():

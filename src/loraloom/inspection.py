@@ -289,17 +289,27 @@ def few(names: Sequence[str]) -> str:
 
 def sentences(analysis: Mapping[str, Any]) -> list[str]:
     """What a reader should know first."""
-    parts = []
-    by_size = [kind for kind in analysis["kinds"] if kind.get("ratio")]
-    for kind in sorted(by_size, key=lambda kind: -kind["ratio"]):
-        parts.append(f"{kind['kind']} by {percent(kind['ratio'], 2)}")
-    told = [f"The typical layer moved {', '.join(parts)} of its weight's norm."] if parts else []
-    ranks = [
-        f"{number(kind['effective_rank'], 2)} of {kind['r']} in {kind['kind']}"
-        for kind in analysis["kinds"]
-        if kind.get("effective_rank")
-    ]
-    return told + ([f"Effective rank: {', '.join(ranks)}."] if ranks else [])
+    told = []
+    moved = sorted((k for k in analysis["kinds"] if k.get("ratio")), key=lambda kind: -kind["ratio"])
+    if moved:
+        parts = [f"{kind['kind']} by {percent(kind['ratio'], 2)}" for kind in ends(moved)]
+        told.append(f"The typical layer moved {spoken(parts, len(moved))} of its weight's norm.")
+    ranked = sorted(
+        (k for k in analysis["kinds"] if k.get("effective_rank")), key=lambda kind: -kind["effective_rank"]
+    )
+    if ranked:
+        parts = [f"{number(k['effective_rank'], 2)} of {k['r']} in {k['kind']}" for k in ends(ranked)]
+        told.append(f"Effective rank: {spoken(parts, len(ranked))}.")
+    return told
+
+
+def ends(kinds: Sequence[Numbers]) -> list[Numbers]:
+    """The first and the last of them."""
+    return [kinds[0], kinds[-1]] if len(kinds) > 1 else list(kinds)
+
+
+def spoken(parts: Sequence[str], count: int) -> str:
+    return (" to " if count > 2 else " and ").join(parts)
 
 
 # ---- what is written ----------------------------------------------------------------------------------------

@@ -1,13 +1,15 @@
 """What adapters cost in a forward pass: the base, LoRA merged and beside the weights, AdapterL and AdapterH.
 
-    overhead = median over rounds of  t(variant) / t(base) - 1
+    overhead = median over rounds of  t(variant) / ((t(base) + t(base, again)) / 2) - 1
 
 Every round times each variant once, in an order drawn anew, so that what drifts (clocks, heat, other work) falls on
 all alike; an overhead is taken round by round. Its interval is that of the median by order statistics, 95 % or more,
-whatever the distribution. All variants share one base's tensors; the merged one is a plain model, without our code.
-Weights are random: they do not change the time. As in generation, only the last token's logits are computed.
+whatever the distribution. The base is timed twice: the second one beside the first shows what the machine's noise is
+worth. All variants share one base's tensors; the merged one is a plain model, without our code. Weights are random:
+they do not change the time. As in generation, only the last token's logits are computed.
 
-units   milliseconds of wall-clock; the GPU is waited for
+units   milliseconds of wall-clock, the GPU waited for; or of this process's time on the CPU, which leaves out what
+        other processes take
 source  Hu et al. 2021, arXiv:2106.09685, table 1: GPT-2 medium, 100 rounds, a Quadro RTX8000
 """
 
@@ -35,7 +37,7 @@ from .wording import number, percent
 
 GPT2_MEDIUM = {"n_embd": 1024, "n_head": 16, "n_layer": 24, "n_positions": 1024, "vocab_size": 50257}
 RANK = 4  # of LoRA on q and v
-BASE, MERGED, UNMERGED = "base", "LoRA, merged", "LoRA, beside the weights"
+BASE, AGAIN, MERGED, UNMERGED = "base", "base, again", "LoRA, merged", "LoRA, beside the weights"
 PUBLISHED = {  # ms: base or merged LoRA, AdapterL, AdapterH
     (32, 512): {BASE: 1449.4, MERGED: 1449.4, "AdapterL": 1482.0, "AdapterH": 1492.2},
     (16, 256): {BASE: 338.0, MERGED: 338.0, "AdapterL": 354.8, "AdapterH": 366.3},
@@ -43,7 +45,7 @@ PUBLISHED = {  # ms: base or merged LoRA, AdapterL, AdapterH
 }
 ADAPTERS = {(32, 512): 500_000}  # weights of the bottleneck adapters there; 11 million elsewhere
 MANY = 11_000_000
-Clock = Callable[[], float]
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 @dataclass(frozen=True)
@@ -75,16 +77,22 @@ def measure(
     rounds: int = 100,
     shape: dict[str, Any] | None = None,
     seed: int = 0,
-    clock: Clock = time.perf_counter,
+    clock: str = "wall",
     told: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> dict[str, Any]:
     """Every case, as JSON.
 
     shape  of a GPT-2, instead of the medium one
+    clock  wall, or cpu: this process's time on the CPU
     told   of each case as it is done
 
-    raises  UserError for an input longer than the model's context
+    raises  UserError for an input longer than the model's context, or a clock that does not see the device
     """
+    if clock == "cpu" and (device.type != "cpu" or torch.get_num_threads() > 1):
+        raise UserError(
+            "the time on the CPU is a latency only for one thread on a CPU",
+            hint="OMP_NUM_THREADS=1, --device cpu",
+        )
     fields = GPT2_MEDIUM | (shape or {})
     for case in cases:
         if case.length > fields["n_positions"]:
@@ -95,12 +103,12 @@ def measure(
         models, weights = variants(base, case.adapter_weights, seed)
         ids = torch.randint(0, fields["vocab_size"], (case.batch, case.length), device=device)
         apart = float((run(models[MERGED], ids) - run(models[UNMERGED], ids)).float().norm())
-        times = timed(models, ids, rounds, device, clock, seed)
+        times = timed(models, ids, rounds, device, CLOCKS[clock], seed)
         row = summary(case, times, weights)
         row["merged_apart"] = apart / float(run(models[UNMERGED], ids).float().norm())
         rows.append(row)
         told(row)
-    return about(fields, device, dtype, rounds) | {"cases": rows}
+    return about(fields, device, dtype, rounds) | {"clock": clock, "cases": rows}
 
 
 def about(fields: dict[str, Any], device: torch.device, dtype: str, rounds: int) -> dict[str, Any]:
@@ -155,7 +163,7 @@ def shared(model: Any) -> Any:
 @torch.no_grad()
 def variants(base: Any, adapter_weights: int, seed: int) -> tuple[dict[str, Any], dict[str, int]]:
     """The models by name, and how many weights each adds."""
-    models, weights = {BASE: base}, {BASE: 0}
+    models, weights = {BASE: base, AGAIN: shared(base)}, {BASE: 0, AGAIN: 0}
     beside = shared(base)
     lora = attach(beside, "lora", r=RANK, target_modules=["q", "v"], seed=seed)
     for parameter in lora.parameters():  # B would be zero, and merging would change nothing
@@ -199,7 +207,12 @@ def run(model: nn.Module, ids_BT: Tensor) -> Tensor:
 
 
 def timed(
-    models: dict[str, Any], ids: Tensor, rounds: int, device: torch.device, clock: Clock, seed: int
+    models: dict[str, Any],
+    ids: Tensor,
+    rounds: int,
+    device: torch.device,
+    clock: Callable[[], float],
+    seed: int,
 ) -> dict[str, list[float]]:
     """Seconds of each variant in each round, after two rounds that are not counted."""
     order, names = random.Random(seed), list(models)
@@ -223,8 +236,9 @@ def synchronise(device: torch.device) -> None:
 def summary(case: Case, times: dict[str, list[float]], weights: dict[str, int]) -> dict[str, Any]:
     """A case's numbers: medians, the middle half of the times, overheads with their intervals."""
     rows: dict[str, Any] = {}
+    both = [(one + two) / 2 for one, two in zip(times[BASE], times[AGAIN])]
     for name, seconds in times.items():
-        over = [own / base - 1 for own, base in zip(seconds, times[BASE])]
+        over = [own / base - 1 for own, base in zip(seconds, times[BASE] if name == AGAIN else both)]
         known = PUBLISHED.get((case.batch, case.length), {})
         rows[name] = {
             "weights": weights[name],
@@ -242,6 +256,11 @@ def summary(case: Case, times: dict[str, list[float]], weights: dict[str, int]) 
         "variants": rows,
         "says": [says(name, row) for name, row in rows.items() if name != BASE],
     }
+
+
+def beside(name: str) -> str:
+    """What a variant's time is compared with, in words."""
+    return "itself" if name == AGAIN else "the base"
 
 
 def quartile(values: Sequence[float], which: int) -> float:
@@ -266,11 +285,11 @@ def says(name: str, row: dict[str, Any]) -> str:
         return f"{name}: {share(row['overhead'])}; too few rounds to know the noise"
     low, high = row["interval"]
     if low <= 0 <= high:
-        return f"{name} is within the noise of the base ({share(low)} to {share(high)})"
+        return f"{name} is within the noise of {beside(name)} ({share(low)} to {share(high)})"
     words = "slower" if row["overhead"] > 0 else "faster"
-    return (
-        f"{name} is {percent(abs(row['overhead']), 2)} {words} than the base ({share(low)} to {share(high)})"
-    )
+    apart = f"{percent(abs(row['overhead']), 2)} {words} than {beside(name)}"
+    busy = "; the machine was not quiet" if name == AGAIN else ""
+    return f"{name} is {apart} ({share(low)} to {share(high)}){busy}"
 
 
 def share(value: float) -> str:

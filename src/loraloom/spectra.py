@@ -183,9 +183,15 @@ class Walk:
             self.compare(site, found, others.get(key))
 
     def in_order(self) -> Walk:
-        """The same, its lines by depth; what is in no decoder layer comes last."""
-        for rows in (self.layers, self.pairs):
-            rows.sort(key=lambda row: math.inf if row["number"] is None else row["number"])
+        """The same, its lines by depth, then as the model has them; what is in no decoder layer comes last."""
+        places = {key: at for at, key in enumerate(self.adapters.adapters[FIRST].sites)}
+
+        def place(row: dict[str, Any]) -> tuple[float, float]:
+            depth = math.inf if row["number"] is None else row["number"]
+            return depth, places.get(row["name"], math.inf)
+
+        self.layers.sort(key=place)
+        self.pairs.sort(key=place)
         return self
 
     # ---- one layer ------------------------------------------------------------------------------------------

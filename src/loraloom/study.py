@@ -255,11 +255,10 @@ def in_process(task: Mapping[str, Any]) -> None:
     raises  KeyboardInterrupt if it was stopped
     """
     command = [sys.executable, "-m", "loraloom.study_run", json.dumps(task)]
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
-    with passing_on(child):
-        code = child.wait()
-    if code == INTERRUPTED or -code in (signal.SIGINT, signal.SIGTERM):
-        raise KeyboardInterrupt
+    with passing_on() as relay:
+        code = relay.to(subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)).wait()
+    if relay.asked or code == INTERRUPTED or -code in (signal.SIGINT, signal.SIGTERM):
+        raise KeyboardInterrupt  # also where the run came to its end before it heard
     if code < 0:
         name = signal.Signals(-code).name
         words = ", as the system does where memory runs out" if name == "SIGKILL" else ""
@@ -268,18 +267,35 @@ def in_process(task: Mapping[str, Any]) -> None:
         write_json(task["failure"], {"message": f"its process ended with {code}; its messages stand above"})
 
 
+class Relay:
+    """Ctrl-C and polite kills for another process, also those that came before it was there."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.child: subprocess.Popen[bytes] | None = None
+
+    def ask(self, number: int, frame: Any) -> None:
+        self.asked += 1
+        if self.child is not None:
+            self.child.send_signal(signal.SIGINT)
+
+    def to(self, child: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
+        self.child = child
+        if self.asked:
+            child.send_signal(signal.SIGINT)
+        return child
+
+
 @contextmanager
-def passing_on(child: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Ctrl-C and a polite kill go to the child, as often as they come."""
+def passing_on() -> Iterator[Relay]:
+    """As long as this lasts, Ctrl-C and a polite kill go to the relay's child, as often as they come."""
+    relay = Relay()
     if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may listen
+        yield relay  # only the main thread may listen
         return
-    before = {
-        number: signal.signal(number, lambda *_: child.send_signal(signal.SIGINT))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    before = {number: signal.signal(number, relay.ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield relay
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -195,12 +195,16 @@ def base_of(path: Path, given: StudyFile) -> dict[str, Any]:
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted settings with changes, which also replace what stands below or above them."""
+    """Dotted settings with changes, which also replace what stands below or above them.
+
+    Another method does not keep the options of the one before.
+    """
     new = flatten(expand_short(dict(changes)))
+    over = [*new, *(["method"] if "method" in changes else [])]
     kept = {
         key: value
         for key, value in base.items()
-        if not any(key.startswith(name + ".") or name.startswith(key + ".") for name in new)
+        if not any(key.startswith(name + ".") or name.startswith(key + ".") for name in over)
     }
     return kept | new
 

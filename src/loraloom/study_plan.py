@@ -21,8 +21,9 @@ from .config import RunConfig, with_values
 from .errors import UserError
 from .memory import Predictor, dtype_of
 from .optim8 import state_bytes
-from .plan import folder_of, open_choice
+from .plan import NO_DATA, folder_of, open_choice
 from .skeleton import make_shape, meta_model, read_shape, text_config
+from .study_data import split_data
 from .study_file import Setting, Study
 from .trace import Shapes
 from .workload import assumed
@@ -45,18 +46,16 @@ class Planned:
         return asdict(self)
 
 
-def plan_study(
-    study: Study, *, rows: int | None = None, memory: bool = True, offline: bool = False
-) -> list[Planned]:
+def plan_study(study: Study, *, memory: bool = True, offline: bool = False) -> list[Planned]:
     """Every setting in the study's order, and its count compared with what is expected.
 
-    rows    of the training data, if they are known: for the steps
     memory  predict it too; a count alone takes a second for GPT-3
 
     raises  UserError as above, or for settings that do not fit the model
     """
     models: dict[str, Any] = {}
     plans = []
+    rows = rows_of(study) if memory else None
     for setting in study.settings:
         config = study.config(setting)
         model = shapes_of(study, config, models, offline=offline)
@@ -109,6 +108,17 @@ def peak_of(config: RunConfig, about: Any) -> tuple[int | None, str]:
         return predictor.predict(assumed(config, context).batches(choice.tokens)).allocated, ""
     except UserError as error:
         return None, error.message
+
+
+def rows_of(study: Study) -> int | None:
+    """Rows to train on; None where no setting's steps depend on them, or they would have to be fetched."""
+    configs = [study.config(setting) for setting in study.settings]
+    sources = [source.path for source in configs[0].data.train]
+    if all(config.train.max_steps is not None for config in configs):
+        return None
+    if study.file.made is None and any(path == NO_DATA or path.startswith("hf:") for path in sources):
+        return None
+    return split_data(configs[0], made=study.file.made)[0].sizes["train"]
 
 
 def steps_of(config: RunConfig, rows: int | None) -> int | None:
