@@ -51,7 +51,13 @@ PRESETS = [
     for name, path in shipped().items()
     for preset in StudyFile.model_validate(yaml.safe_load(path.read_text())).presets
 ]
-PUBLISHED = [(name, preset) for name, preset in PRESETS if preset != "small"]
+PUBLISHED = [
+    pytest.param(
+        *one, marks=pytest.mark.slow if one == ("which-rank", "published") else ()
+    )  # GPT-3 fifteen times
+    for one in PRESETS
+    if one[1] != "small"
+]
 linux = pytest.mark.skipif(
     sys.platform != "linux", reason="forks after torch is loaded, which only Linux does safely"
 )

@@ -76,8 +76,8 @@ def forward_times() -> str:
             for name in (latency.AGAIN, latency.MERGED)
         )
         versions = f"torch {record['versions']['torch']}; transformers {record['versions']['transformers']}"
-        about = f"{record['machine']}, {record['dtype']}{threads}; {record['rounds']} rounds, {record['clock']} time; {versions}; "
-        about += f"commit {record['commit'][:7]}; `{plain(record['command'])}`"
+        about = f"{record['machine']}, {record['dtype']}{threads}; {record['rounds']} rounds, {record['clock']} time; "
+        about += f"{versions}; commit {record['commit'][:7]}; `{plain(record['command'])}`"
         parts.append(f"{table(latency.COLUMNS, lines)}\n\n{said}.\n\n{about}")
     return "\n\n".join(parts)
 

@@ -45,7 +45,7 @@ def bare_layers(folder: Path) -> dict[str, nn.Module]:
     """
     shapes: dict[str, nn.Module] = {}
     with torch.device("meta"):
-        for name, (a, b) in pair_tensors(read_tensors(folder, allow_pickle=False)).items():
+        for name, (a, b) in sorted(pair_tensors(read_tensors(folder, allow_pickle=False)).items()):
             if a.dim() == 4:
                 shapes[name] = nn.Conv2d(a.shape[1], b.shape[0], tuple(a.shape[2:]), bias=False)  # type: ignore[arg-type]
             elif name.rpartition(".")[2].startswith(("embed", "wte", "wpe")):

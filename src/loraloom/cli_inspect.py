@@ -40,10 +40,15 @@ def inspect(
     as_json: bool,
     **options: Any,
 ) -> Any:
-    """Show what ADAPTER did to each weight: spectrum, size, amplification, intruders, what merging would lose.
+    """Show what an adapter did to each weight, and how alike two adapters are.
+
+    Of each layer: the update's spectrum and effective rank, its size beside W, amplification, intruder dimensions,
+    what merging in 16 bits would lose. With OTHER: phi(i, j) of the two, beside random matrices.
 
     \b
-    With OTHER, an adapter of the same base: how alike the two are, phi(i, j), beside random matrices.
+    loraloom inspect runs/first -o out/inspect
+    loraloom inspect runs/r8 runs/r64 --layer all --json
+
     ADAPTER and OTHER are runs or adapter folders, PEFT's too.
     """
     from . import inspection
