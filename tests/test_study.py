@@ -604,8 +604,19 @@ def test_the_choice_is_by_the_selection_rows_alone(four: Any) -> None:
     runs += [made("<b>d", s, 1.4, 9.0 + 0.01 * s) for s in range(3)]
     rows = table(four, runs)
     assert [row["verdict"] for row in rows] == [CHOSEN, WITHIN, BETTER, WORSE]
-    moved = table(four, [run | {"loss": -run["loss"]} for run in runs])
+    moved = table(four, [run | {"loss": 10 - run["loss"]} for run in runs])
     assert moved[0]["verdict"] == CHOSEN  # whatever the final rows say
+
+
+def test_a_wild_setting_is_told_from_a_calm_one(four: Any) -> None:
+    """Final losses that were measured: every one of b lies far above every one of a, and its spread is large."""
+    runs = [made("a", s, 0.6, loss) for s, loss in enumerate((0.6071, 0.5732, 0.5288))]
+    runs += [made("b", s, 1.5, loss) for s, loss in enumerate((1.207, 1.210, 2.010))]
+    rows = table(four, runs)
+    assert [row["verdict"] for row in rows[:2]] == [CHOSEN, WORSE]
+    assert (
+        welch(*(row["loss"]["values"] for row in rows[:2])) > 0.05
+    )  # which the losses themselves do not tell
 
 
 def test_a_setting_with_a_failed_run_is_not_chosen(four: Any) -> None:
