@@ -29,6 +29,7 @@ from loraloom.config import TrainConfig, resolve, with_values
 from loraloom.data import Example
 from loraloom.errors import NonFinite, UserError
 from loraloom.fast import engage
+from loraloom.graph_shapes import padded, rounded, shape_for, shape_of
 from loraloom.graphs import (
     KEPT,
     CudaRecorder,
@@ -37,7 +38,6 @@ from loraloom.graphs import (
     graph_reason,
     make_graphs,
 )
-from loraloom.graph_shapes import padded, rounded, shape_for, shape_of
 from loraloom.incoming import quantize_model
 from loraloom.nll import nll_sum
 from loraloom.optim import make_optimizer
