@@ -18,9 +18,9 @@ MOST_FUNCTION = 66  # lines of a function, its docstring included: the training 
 # Each line may import from the lines above it; within a line only what stands to the left.
 LAYERS = [
     ["errors", "files", "config_errors", "config_sections", "config"],
-    ["wording", "environment", "noise", "progress"],
+    ["wording", "environment", "noise", "metrics", "progress"],
     ["kernels"],
-    ["weights8", "quant", "products8", "layers", "fused", "packing", "prefetch", "attention", "paging"],
+    ["weights8", "quant", "products8", "layers", "fused", "packing", "padded", "prefetch", "attention", "paging"],
     ["optim8", "optim", "data"],
     ["methods"],
     ["targets", "casts", "flow", "bank", "overlay", "forwards", "merging", "adapter", "refusals", "making"],
@@ -39,8 +39,8 @@ LAYERS = [
     ["convert_sources", "convert"],
     ["small_model", "hub", "on_load", "incoming", "bnb_format", "model"],
     ["trace", "skeleton", "recompute", "facts"],
-    ["generate", "heldout", "rundir", "conversation"],
-    ["step", "originals", "prepare", "compiling", "graph_shapes", "graphs", "workshop", "samples", "checkpoint", "train"],
+    ["classifier", "generate", "heldout", "rundir", "conversation"],
+    ["step", "originals", "prepare", "compiling", "graph_shapes", "graphs", "workshop", "samples", "checkpoint", "task", "classifying", "train"],
     ["sdpa", "shapes", "workload", "memory", "oom", "fit", "plan", "doctor"],
     ["merge_table", "merge"],
     ["results", "figures", "curves", "verdict", "card", "sections", "report"],
