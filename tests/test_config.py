@@ -38,14 +38,14 @@ THREE: dict[str, Any] = {"model": "m", "data": "d.jsonl", "output": "out"}
 GOLDEN = """
 model.id model.revision model.dtype model.device model.attention model.allow_pickle
 model.quantize model.fp8 model.double_quant model.quant_block
-data.train data.eval data.format data.map data.prompt data.system data.loss_on data.max_length data.too_long
+data.train data.eval data.format data.map data.labels data.prompt data.system data.loss_on data.max_length data.too_long
 data.max_lost data.packing data.encoding data.limit data.duplicates
-output method r alpha dropout target_modules layers rank_pattern alpha_pattern bias modules_to_save
+output task method r alpha dropout target_modules layers rank_pattern alpha_pattern bias modules_to_save
 train.epochs train.max_steps train.learning_rate train.schedule train.warmup train.batch_size train.batch_tokens
 train.micro_tokens train.optimizer train.paged train.weight_decay train.betas train.momentum train.max_grad_norm
 train.recompute train.fast train.compile train.graphs train.seed train.save_every train.save_minutes train.keep
 train.early_stop
-eval.every eval.prompts eval.max_new_tokens
+eval.every eval.prompts eval.max_new_tokens eval.best
 """
 NAMES = GOLDEN.split()
 

@@ -44,7 +44,7 @@ LAYERS = [
     ["sdpa", "shapes", "workload", "memory", "oom", "fit", "plan", "doctor"],
     ["merge_table", "merge"],
     ["results", "figures", "curves", "verdict", "card", "sections", "report"],
-    ["evaluate", "verify", "merge_check", "quantize_files", "chat", "finish", "look", "use", "fold", "api"],
+    ["evaluate_labels", "evaluate", "verify", "merge_check", "quantize_files", "chat", "finish", "look", "use", "fold", "api"],
     ["console", "verbs", "cli", "__main__"],
 ]
 PACKAGES = {

@@ -44,23 +44,9 @@ def row_losses(logits_BC: Tensor, label_B: Tensor) -> Tensor:
     return functional.cross_entropy(logits_BC, label_B.long(), reduction="none")
 
 
-def accumulate(
-    model: nn.Module, adapters: Adapters, batches: Sequence[Padded], targets: int | Tensor, step: int
-) -> Tensor:
-    """Forward and backward over the micro-batches; returns the step's loss, float64, on the device.
-
-    targets  rows of the whole step
-    """
-    device = next(model.parameters()).device
-    loss = torch.zeros((), dtype=torch.float64, device=device)
-    with adapters.hold():
-        for batch in batches:
-            here = batch.to(device)
-            with adapters.batch(step=step, token_BT=here.token):
-                part = row_losses(logits_of(model, here), here.label).sum() / targets
-                part.backward()
-            loss += part.detach()
-    return loss
+def loss_sum(model: nn.Module, batch: Padded) -> Tensor:
+    """The losses of a batch's rows, summed; what step.accumulate takes the gradient of."""
+    return row_losses(logits_of(model, batch), batch.label).sum()
 
 
 def logits_of(model: nn.Module, batch: Padded) -> Tensor:
@@ -128,7 +114,11 @@ def load_classifier(
     raises  UserError as `load_model`, or if transformers has no classifier of this kind
     """
     source = resolve(
-        config.id, revision=config.revision, offline=offline, allow_pickle=config.allow_pickle, progress=progress
+        config.id,
+        revision=config.revision,
+        offline=offline,
+        allow_pickle=config.allow_pickle,
+        progress=progress,
     )
     heads = head_of_folder(source.path, labels)
     with torch.random.fork_rng():

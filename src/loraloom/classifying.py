@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,40 +17,44 @@ import torch
 from .adapt import Adapters
 from .checkpoint import Progress, save_best
 from .classifier import (
-    accumulate,
     broken_rows,
     head_names,
     load_classifier,
     longest_input,
+    loss_sum,
     predict,
     row_losses,
     shape_of,
 )
 from .config import RunConfig, with_values
-from .data import Labels, prepare_labels
+from .data import Labelled, Labels, prepare_labels
 from .data.labelled import check_labelled_sources, glue_task
 from .errors import UserError
 from .hub import resolve
 from .kernels.twin import path_of
-from .metrics import CLASS_METRICS, NUMBER_METRICS, of_classes, of_numbers
 from .methods.base import Method
+from .metrics import CLASS_METRICS, NUMBER_METRICS, of_classes, of_numbers
 from .model import Loaded, check_folder, load_tokenizer
 from .optim import make_optimizer
 from .packing import StepPlan
 from .padded import Padded, pad_rows
 from .recompute import Choice
 from .rundir import Run
+from .step import accumulate
 from .task import Listen, Task
 from .workshop import DEFAULT_BATCH, Fit, Workshop, check_biases, decide, spec_of
 
-NOT_HERE: Mapping[str, tuple[tuple[Any, ...], str]] = {
-    "train.fast": ((False, "auto"), "fused layers are those of causal models"),
-    "train.compile": ((False,), "compiled layers are those of causal models"),
-    "train.graphs": ((False, "auto"), "CUDA graphs replay packed rows of text"),
-    "train.micro_tokens": (None, "the plan of a GPU's memory knows causal models alone: set a number, or auto"),  # type: ignore[dict-item]
-    "train.recompute": (("none", "auto"), "only decoder layers are computed again"),
-    "model.attention": (("auto", "sdpa", "eager"), "documents in one row are for packed text"),
-    "eval.prompts": (([],), "a classifier answers with a label"),
+NOT_HERE: Mapping[str, tuple[Callable[[Any], bool], str]] = {  # when a setting is wrong, and why
+    "train.fast": (lambda on: on is True, "fused layers are those of causal models"),
+    "train.compile": (bool, "compiled layers are those of causal models"),
+    "train.graphs": (lambda on: on is True, "CUDA graphs replay packed rows of text"),
+    "train.micro_tokens": (
+        lambda tokens: tokens == "fit",
+        "the plan of a GPU's memory knows causal models alone; set a number, or auto",
+    ),
+    "train.recompute": (lambda tier: tier not in ("none", "auto"), "only decoder layers are computed again"),
+    "model.attention": (lambda name: name == "varlen", "documents in one row are for packed text"),
+    "eval.prompts": (bool, "a classifier answers with a label"),
 }
 
 
@@ -77,9 +82,7 @@ def build(
         config.data, tokenizer, model_max_length=limit, seed=config.train.seed, progress=progress
     )
     labels = Labels(tuple(prepared.report.labels))
-    loaded = load_classifier(
-        config.model, labels, seed=config.train.seed, offline=offline, progress=progress
-    )
+    loaded = load_classifier(config.model, labels, seed=config.train.seed, offline=offline, progress=progress)
     heads = [name for name in head_names(loaded.model) if name not in config.modules_to_save]
     decided: dict[str, Any] = {"modules_to_save": [*config.modules_to_save, *heads]} if heads else {}
     decided |= {"eval.best": best_of(config, labels)}
@@ -118,11 +121,10 @@ def before_weights(config: RunConfig, *, offline: bool) -> tuple[Any, int]:
 
 def refuse_settings(config: RunConfig) -> None:
     """raises  UserError for a setting that only text can have"""
-    for name, (good, why) in NOT_HERE.items():
+    for name, (wrong, why) in NOT_HERE.items():
         section, key = name.split(".")
         value = getattr(getattr(config, section), key)
-        wrong = value == "fit" if good is None else value not in good
-        if wrong:
+        if wrong(value):
             raise UserError(f"{name}={value} cannot be had with task=classification: {why}")
 
 
@@ -131,10 +133,10 @@ def refuse_method(config: RunConfig, method: Method) -> None:
     name = config.method.get("name", "lora")
     if sum(method.inserts()) or method.per_token:
         raise UserError(f"{name} works on tokens of a text, which a classifier's rows do not have")
-    if method.needs not in (None, "originals"):
-        raise UserError(f"{name} must see text and its loss before the first step, which rows with labels do not give")
-    if method.needs == "originals":
-        raise UserError(f"{name} starts from the weights before quantisation, which is made for causal models")
+    if method.needs is not None:
+        raise UserError(
+            f"{name} must see text, or the weights before quantisation: that is made for causal models"
+        )
 
 
 def best_of(config: RunConfig, labels: Labels) -> str:
@@ -149,7 +151,10 @@ def best_of(config: RunConfig, labels: Labels) -> str:
         return task.metric if task is not None else known[0]
     if wanted != "loss" and wanted not in known:
         what = "numbers" if labels.numbers else "classes"
-        raise UserError(f"eval.best={wanted} is not for labels that are {what}", hint=f"it can be loss, {', '.join(known)}")
+        raise UserError(
+            f"eval.best={wanted} is not for labels that are {what}",
+            hint=f"it can be loss, {', '.join(known)}",
+        )
     return wanted
 
 
@@ -207,6 +212,7 @@ def evaluate_now(shop: Workshop, run: Run, progress: Progress, listen: Listen) -
 
 def measure(shop: Workshop) -> dict[str, float]:
     """Loss and every metric of the model as it is now."""
+    assert isinstance(shop.prepared, Labelled)
     labels = Labels(tuple(shop.prepared.report.labels))
     logits_nC = predict(shop.model, shop.eval, pad_id=shop.pad_id, micro_tokens=shop.micro_tokens)
     return measured_on(logits_nC, shop.eval.labels, labels)
@@ -222,4 +228,4 @@ def measured_on(logits_nC: torch.Tensor, label_n: torch.Tensor, labels: Labels) 
     return found | {name: of_classes(name, told, given, len(labels.names))[0] for name in CLASS_METRICS}
 
 
-TASK = Task(packer, accumulate, broken_rows, evaluate_now)
+TASK = Task(packer, partial(accumulate, loss_sum=loss_sum), broken_rows, evaluate_now)

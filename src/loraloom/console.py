@@ -85,7 +85,9 @@ class TrainView:
         if "metric" in record and not record["step"]:
             mark = "the head as it was drawn"
         also = "" if metric == "loss" else f", {metric} {record[metric]:.4f}"
-        err.print(f" eval at step {record['step']}: held-out loss {record['loss']:.4f}{also}  {mark}".rstrip())
+        err.print(
+            f" eval at step {record['step']}: held-out loss {record['loss']:.4f}{also}  {mark}".rstrip()
+        )
 
     def on_note(self, words: str) -> None:
         err.print(Text(f"     note  {words}", style="dim"))
@@ -152,7 +154,8 @@ def show_run(run: Any) -> None:
     err.print(f" Adapter  {run.adapter_path}")
     if (run.path / "report.html").is_file():
         err.print(f" Report   {run.path / 'report.html'}")
-    verbs = [f"loraloom eval {run.path}", f"loraloom chat {run.path}"]
+    verbs = [f"loraloom eval {run.path}"]
+    verbs += [f"loraloom chat {run.path}"] if run.config.task == "causal" else []
     verbs += [f"loraloom merge {run.path} OUT"] if state.get("mergeable", True) else []
     err.print(f" Next     {'  ·  '.join(verbs)}")
 

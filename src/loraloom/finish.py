@@ -49,7 +49,11 @@ def check_labels(prepared: Labelled, run: Run, progress: Progress) -> None:
     report = prepared.report
     missing = [name for name in report.labels if not report.counts["train"].get(name)]
     if report.labels:
-        told = f"each of {len(report.labels)} classes stands in training" if not missing else "without a training row: "
+        told = (
+            f"each of {len(report.labels)} classes stands in training"
+            if not missing
+            else "without a training row: "
+        )
         run.add_check("classes", not missing, told + ", ".join(missing[:10]))
     held = [record for record in run.metrics("eval") if record.get("step") == progress.best_step]
     if held and report.labels and len(prepared.eval):

@@ -21,7 +21,7 @@ from .adapt import Adapters
 from .config import ModelConfig
 from .doctor import main_memory
 from .merge_table import Merged
-from .model import Loaded, load_model
+from .model import Loaded, Task, load_model
 from .model_files import find_weights
 from .verify import Verification
 
@@ -85,16 +85,18 @@ def verify_merge(
     *,
     dtype: str,
     device: torch.device,
+    task: Task = "causal",
     on_prompt: Callable[[int], None] | None = None,
 ) -> tuple[Verification, Verification | None]:
     """Compare the model in a folder with its adapter.
 
     tuned    loads the adapter on the base that it was merged into
     trained  loads it on the base in 4 bits, if that is another
+    task     classify for a model with one answer a prompt
     """
     before = record(tuned, prompts)
     known = record(trained, prompts) if trained is not None else None
-    merged = load_model(ModelConfig(id=str(folder), dtype=dtype, device=str(device)), offline=True)
+    merged = load_model(ModelConfig(id=str(folder), dtype=dtype, device=str(device)), offline=True, task=task)
     result = verify.compare_models(
         before.tuned, merged.model, prompts, dtype=dtype, base=before.base, on_prompt=on_prompt
     )

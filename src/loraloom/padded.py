@@ -63,7 +63,11 @@ class Padded:
                 return tensor[b : b + 1] if tensor.dim() == 1 else tensor[b : b + 1, :size]
 
             one = replace(
-                self.each(own), targets=1, rows=[self.rows[b]], spans=[(0, 0, size)], members=[self.members[b]]
+                self.each(own),
+                targets=1,
+                rows=[self.rows[b]],
+                spans=[(0, 0, size)],
+                members=[self.members[b]],
             )
             yield one
 

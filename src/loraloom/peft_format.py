@@ -88,7 +88,12 @@ def peft_settings(adapters: Adapters, adapter: Adapter, form: str = PEFT) -> dic
     saved = modules_named(model, spec.modules_to_save)
     if kind.tokens:
         width = next(iter(adapter.sites.values())).layer.out_features
-        about = {"peft_type": name, "task_type": task_type(model, saved), "inference_mode": True, "token_dim": width}
+        about = {
+            "peft_type": name,
+            "task_type": task_type(model, saved),
+            "inference_mode": True,
+            "token_dim": width,
+        }
         return about | dict(kind.plain) | method.peft_config()
     modules = by_module(adapter)
     if form == LORA:

@@ -85,7 +85,9 @@ def meta_model(
             (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
         )
         kind = "classifier" if factory is CLASSIFIER else "causal model"
-        raise UserError(f"transformers makes no {kind} of this {config.model_type}", details=[reason]) from error
+        raise UserError(
+            f"transformers makes no {kind} of this {config.model_type}", details=[reason]
+        ) from error
     model.requires_grad_(False).eval()
     with Shapes():
         settle_attention(model, attention, torch.device("meta"), dtype)

@@ -35,11 +35,18 @@ Broken = Callable[[nn.Module, Adapters, Sequence[Any], int], list[str]]
 
 
 def accumulate(
-    model: nn.Module, adapters: Adapters, batches: Sequence[Batch], targets: int | Tensor, step: int
+    model: nn.Module,
+    adapters: Adapters,
+    batches: Sequence[Any],
+    targets: int | Tensor,
+    step: int,
+    *,
+    loss_sum: Callable[[nn.Module, Any], Tensor] | None = None,
 ) -> Tensor:
     """Forward and backward over the micro-batches; returns their share of the loss, float64, on the device.
 
-    targets  of the whole step
+    targets   of the whole step
+    loss_sum  of a batch's targets by the model, where it is not `nll_sum`
     """
     device = next(model.parameters()).device
     loss = torch.zeros((), dtype=torch.float64, device=device)
@@ -47,7 +54,7 @@ def accumulate(
         for batch in batches:
             here = batch.to(device)
             with adapters.batch(step=step, token_BT=here.token):
-                part = nll_sum(model, here) / targets
+                part = (loss_sum or nll_sum)(model, here) / targets
                 part.backward()
             loss += part.detach()
     return loss

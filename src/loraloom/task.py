@@ -18,12 +18,12 @@ class Task:
     """One task.
 
     packer    gives what makes the micro-batches of a step
-    backward  the gradient of a step's loss (step.Backward), or None for the step's own
+    gradient  the gradient of a step's loss (step.Backward), or None for the step's own
     broken    the rows whose loss is not finite (step.Broken), or None for the step's own
     evaluate  measures the model as it is, logs it, and keeps the best adapter
     """
 
     packer: Callable[[Workshop], Callable[[int], Sequence[Any]]]
-    backward: Callable[..., Any] | None
+    gradient: Callable[..., Any] | None
     broken: Callable[..., list[str]] | None
     evaluate: Callable[[Workshop, Run, Progress, Listen], None]

@@ -43,7 +43,7 @@ def train_loop(shop: Workshop, run: Run, progress: Progress, listen: Callable[[s
         return "stopped_early"
     left = range(progress.step, num_steps)
     with asked_to_stop() as stop, Ahead(task.packer(shop), left, shop.loaded.device) as ahead:
-        steps = Steps(shop, ahead, num_warmup)
+        steps = Steps(shop, ahead, num_warmup, task)
         while progress.step < num_steps:
             began = time.monotonic()
             number = progress.step + 1
@@ -81,9 +81,11 @@ class Steps:
     """The steps of a run in order. Where nothing need be seen between two of them, the next one is queued on the GPU
     before the numbers of this one are read: the GPU does not wait for the host."""
 
-    def __init__(self, shop: Workshop, batches: Iterator[Sequence[Batch]], num_warmup: int) -> None:
+    def __init__(
+        self, shop: Workshop, batches: Iterator[Sequence[Any]], num_warmup: int, task: Task | None = None
+    ) -> None:
         self.shop, self.batches, self.num_warmup = shop, batches, num_warmup
-        self.task = task_of(shop)
+        self.task = task or TEXT
         self.next: tuple[Queued, float] | None = None  # queued, and not settled
         self.failed: Exception | None = None  # what queueing it has raised
 
@@ -116,7 +118,7 @@ class Steps:
             num_steps=num_steps,
             max_norm=shop.config.train.max_grad_norm,
             inspect=(lambda: check_gradients(shop.adapters)) if step == 0 else None,
-            backward=self.task.backward or shop.graphs or accumulate,
+            backward=self.task.gradient or shop.graphs or accumulate,
             broken=self.task.broken,
             after=after,
         )
@@ -125,8 +127,7 @@ class Steps:
 
 def task_of(shop: Workshop) -> Task:
     """What the loop asks of the run's task."""
-    text = Task(packer, None, None, evaluate_now)
-    return classifying.TASK if shop.config.task == "classification" else text
+    return classifying.TASK if shop.config.task == "classification" else TEXT
 
 
 def packer(shop: Workshop) -> Callable[[int], list[Batch]]:
@@ -171,6 +172,9 @@ def evaluate_now(shop: Workshop, run: Run, progress: Progress, listen: Callable[
                 listen("sample", entry)
     finally:
         shop.adapters.train()
+
+
+TEXT = Task(packer, None, None, evaluate_now)
 
 
 def measure(shop: Workshop) -> Loss:

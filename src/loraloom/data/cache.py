@@ -81,7 +81,8 @@ def fetch_labelled(folder: Path) -> LabelledExamples | None:
     try:
         tensors = load((folder / "tokens.safetensors").read_bytes())
         names = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
-        return LabelledExamples(*(tensors[name] for name in LABELLED), names)
+        ids, types, offsets, labels = (tensors[name] for name in LABELLED)
+        return LabelledExamples(ids, types, offsets, labels, names)
     except (OSError, ValueError, KeyError, SafetensorError):
         return None
 

@@ -41,7 +41,8 @@ class LabelReport:
     @property
     def beside(self) -> dict[str, Any]:
         """What must stand beside an adapter for its use, by file name."""
-        return {"labels.json": {"labels": self.labels, "columns": self.columns}}
+        train = self.counts["train"]
+        return {"labels.json": {"labels": self.labels, "columns": self.columns, "train": train}}
 
     def to_dict(self) -> dict[str, Any]:
         value = asdict(self)

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import DataConfig
+from ..config import DataConfig, Source
 from ..errors import DataError
 from .examples import Draft
 from .glue import on_hub, task_named
@@ -97,9 +97,13 @@ def prepare_labels(
     raises  DataError for everything that is wrong with the data
     """
     sources = read_all(places_of(config), config)
-    values = [(row, label) for source in sources if source.place.use == "train" for row, *_, label in source.items]
+    values = [
+        (row, label) for source in sources if source.place.use == "train" for row, *_, label in source.items
+    ]
     task = glue_task(config)
-    wanted = config.labels if task is None or config.labels != "auto" else "classes" if task.classes else "numbers"
+    wanted = (
+        config.labels if task is None or config.labels != "auto" else "classes" if task.classes else "numbers"
+    )
     labels = labels_of(values, wanted)
     issues: list[Issue] = []
     drafts = drafts_of(sources, labels, tokenizer, issues, progress=progress)
@@ -113,15 +117,16 @@ def read_file(
 
     raises  DataError for rows without a text or with another label
     """
-    update = {"train": [], "eval": path, "limit": None}
     if task_named(path) is not None:
-        places = [one for one in places_of(DataConfig(train=[{"path": path}])) if one.use == "eval"]  # type: ignore[list-item]
+        found = places_of(DataConfig(train=[Source(path=path)]))
     else:
-        given = config.model_copy(update=update | {"train": config.train[:1]})
-        places = [place for place in sources_of(given) if place.use == "eval"]
+        found = places_of(config.model_copy(update={"eval": path}))
+    places = [place for place in found if place.use == "eval"]
     issues: list[Issue] = []
     drafts = drafts_of(read_all(places, config), labels, tokenizer, issues, progress=False)
-    kept = limit(drafts, config.model_copy(update={"too_long": "drop"}), model_max_length, tokenizer, issues, 0)
+    kept = limit(
+        drafts, config.model_copy(update={"too_long": "drop"}), model_max_length, tokenizer, issues, 0
+    )
     if not kept:
         raise empty(issues, len(drafts))
     return LabelledExamples.build(kept), issues
@@ -148,8 +153,14 @@ def read_all(places: Sequence[Place], config: DataConfig) -> list[Read]:
         for row in table.rows:
             text, label = row.fields.get(columns.text), row.fields.get(columns.label)
             pair = row.fields.get(columns.pair) if columns.pair else None
-            if not isinstance(text, str) or not isinstance(pair, str | None) or (columns.pair and pair is None):
-                problems.add("no text", f"{row.where}: {columns.text if not isinstance(text, str) else columns.pair}")
+            if (
+                not isinstance(text, str)
+                or not isinstance(pair, str | None)
+                or (columns.pair and pair is None)
+            ):
+                problems.add(
+                    "no text", f"{row.where}: {columns.text if not isinstance(text, str) else columns.pair}"
+                )
             elif is_missing(label):
                 problems.add("no label", f"{row.where}: {columns.label} is empty")
             else:
@@ -180,9 +191,15 @@ def drafts_of(
                 issues.append(Issue(where, "empty text", "nothing to classify"))
             else:
                 some.append((at, where, text, pair, value))
-        for (at, where, text, pair, value), (ids, types) in zip(some, encode(tokenizer, [(t, p) for _, _, t, p, _ in some])):
+        for (at, where, text, pair, value), (ids, types) in zip(
+            some, encode(tokenizer, [(t, p) for _, _, t, p, _ in some])
+        ):
             trained, span = bytearray(len(ids)), (0, len(ids))
-            drafts.append(LabelDraft(array("i", ids), trained, where, span, at, types=types, label=value, texts=(text, pair)))
+            drafts.append(
+                LabelDraft(
+                    array("i", ids), trained, where, span, at, types=types, label=value, texts=(text, pair)
+                )
+            )
     problems.stop("labels", f"the labels are {', '.join(labels.names[:20]) or 'numbers'}")
     return drafts
 
@@ -242,7 +259,7 @@ def select(
     notes: list[str] = []
     if "eval" not in use:
         assert not isinstance(config.eval, str)
-        train, held = set_aside(train, config.eval, seed, notes)  # type: ignore[assignment, arg-type]
+        train, held = set_aside(train, config.eval, seed, notes)  # type: ignore[assignment]
     elif not held:
         notes.append("no validation set: none of its rows is left")
     train = [draft for draft in train for _ in range(sources[draft.source].place.source.repeat)]
@@ -302,7 +319,9 @@ def distinct(drafts: Sequence[LabelDraft], mode: str, issues: list[Issue]) -> li
     for draft in drafts:
         earlier = seen.setdefault(draft.ids.tobytes() + draft.types, draft)
         if earlier is not draft and earlier.label != draft.label:
-            issues.append(Issue(draft.row, "another label for the same text", f"the same text as {earlier.row}"))
+            issues.append(
+                Issue(draft.row, "another label for the same text", f"the same text as {earlier.row}")
+            )
         elif earlier is not draft:
             kind = "duplicate" if mode == "drop" else "duplicate, kept"
             issues.append(Issue(draft.row, kind, f"the same as {earlier.row}"))
@@ -334,7 +353,11 @@ def limit(
             hint=f"{longer(most, model_max_length)}; or --set data.too_long=drop or truncate",
         )
     cut = config.too_long == "truncate"
-    short = dict(zip(map(id, long), encode(tokenizer, [draft.texts for draft in long], max_length))) if cut else {}
+    short = (
+        dict(zip(map(id, long), encode(tokenizer, [draft.texts for draft in long], max_length)))
+        if cut
+        else {}
+    )
     kept = []
     for draft in drafts:
         if len(draft.ids) > max_length:
