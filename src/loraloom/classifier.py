@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,10 @@ def load_classifier(
         allow_pickle=config.allow_pickle,
         progress=progress,
     )
-    heads = head_of_folder(source.path, labels)
+    skeleton = shape_of(source.path, labels)
+    heads = head_names(skeleton)
+    plain = config.attention == "auto" and not skeleton._supports_sdpa
+    config = config.model_copy(update={"attention": "eager"}) if plain else config
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         loaded = load_model(
@@ -135,19 +139,14 @@ def load_classifier(
     text = loaded.model.config.get_text_config()
     if text.pad_token_id is None:  # a decoder reads the last token that is no padding
         text.pad_token_id = loaded.model.config.pad_token_id = loaded.pad_id
-    return loaded
-
-
-def head_of_folder(folder: Path, labels: Labels) -> list[str]:
-    """The modules of a classifier of this folder's model that the base model does not have.
-
-    raises  UserError if transformers has no classifier of this kind
-    """
-    return head_names(shape_of(folder, labels))
+    return replace(loaded, attention="eager: transformers has no other for this model") if plain else loaded
 
 
 def shape_of(folder: Path, labels: Labels, dtype: torch.dtype = torch.float32) -> Any:
-    """The classifier of a model folder on the meta device."""
+    """The classifier of a model folder on the meta device.
+
+    raises  UserError if transformers has none of this kind
+    """
     config = copy.deepcopy(read_shape(folder))
     for key, value in labels.settings().items():
         if key != "num_labels":  # which the names give

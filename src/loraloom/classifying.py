@@ -83,7 +83,8 @@ def build(
     )
     labels = Labels(tuple(prepared.report.labels))
     loaded = load_classifier(config.model, labels, seed=config.train.seed, offline=offline, progress=progress)
-    heads = [name for name in head_names(loaded.model) if name not in config.modules_to_save]
+    whole = method.trains_whole() == "everything"  # the head too, then
+    heads = [name for name in head_names(loaded.model) if not whole and name not in config.modules_to_save]
     decided: dict[str, Any] = {"modules_to_save": [*config.modules_to_save, *heads]} if heads else {}
     decided |= {"eval.best": best_of(config, labels)}
     config = with_values(config, decided)
