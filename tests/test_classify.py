@@ -214,7 +214,8 @@ def test_one_batch_of_eight_is_four_of_two(kind: str, tmp_path: Path, data: Path
 )
 def test_batches_hold_every_row_once(sizes: list[int], micro: int, seed: int) -> None:
     gen = torch.Generator().manual_seed(seed)
-X
+    ids = [torch.randint(4, 40, (size,), generator=gen).tolist() for size in sizes]
+    examples = [LabelledExample(one, [], float(i), str(i)) for i, one in enumerate(ids)]
     batches = pad_rows(examples, micro_tokens=micro, pad_id=0)
     assert sorted(member for batch in batches for member in batch.members) == list(range(len(sizes)))
     for batch in batches:
@@ -469,9 +470,7 @@ def test_what_only_text_can_have_is_refused(bert: Path, data: Path, finished: An
         api.plan(model=str(bert), data=str(data), output="o", task="classification")
 
 
-@pytest.mark.parametrize(
-    "method", ["dora", "vera", "bitfit", "full", "adapterh"]
-)
+@pytest.mark.parametrize("method", ["dora", "vera", "bitfit", "full", "adapterh"])
 def test_other_methods_train_classifiers(method: str, bert: Path, data: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"method": method, "r": "auto", "train__max_steps": 3}
     run = run_tiny(bert, data, tmp_path / "run", **changes | {"target_modules": "auto"})
