@@ -62,6 +62,7 @@ class Recorded:
 
     def __init__(self, loaded: Loaded, adapters: Adapters, prompts: Sequence[list[int]]) -> None:
         self.logits: dict[tuple[int, ...], list[torch.Tensor]] = {}
+        self.attention: str = loaded.model.config._attn_implementation
         adapters.eval()
         for prompt in prompts:
             ids = torch.tensor([prompt], device=loaded.device)
@@ -96,7 +97,9 @@ def verify_merge(
     """
     before = record(tuned, prompts)
     known = record(trained, prompts) if trained is not None else None
-    merged = load_model(ModelConfig(id=str(folder), dtype=dtype, device=str(device)), offline=True, task=task)
+    same = {"attention": before.attention} if task == "classify" else {}  # not every encoder has sdpa's
+    config = ModelConfig(id=str(folder), dtype=dtype, device=str(device), **same)  # type: ignore[arg-type]
+    merged = load_model(config, offline=True, task=task)
     result = verify.compare_models(
         before.tuned, merged.model, prompts, dtype=dtype, base=before.base, on_prompt=on_prompt
     )

@@ -82,6 +82,7 @@ def train_step(
     max_norm: float | None,
     inspect: Callable[[], None] | None = None,
     backward: Backward = accumulate,
+    broken: Broken | None = None,
 ) -> StepStats:
     """Take one optimizer step over a list of micro-batches: queue it and wait for its numbers.
 
@@ -98,6 +99,7 @@ def train_step(
         max_norm=max_norm,
         inspect=inspect,
         backward=backward,
+        broken=broken,
     )
     return queued.settle()
 
