@@ -35,6 +35,8 @@ SETTINGS = (  # those that somebody who repeats the run asks for first
     "data.max_length",
 )
 
+OF_TEXT = ("data.prompt", "data.loss_on")
+
 
 def model_card(run: Run) -> str:
     """The text of README.md: front matter, use, data, result, settings, versions, limits."""
@@ -199,6 +201,8 @@ def settings_table(run: Run) -> str:
     ]
     for name in SETTINGS:
         section, key = name.split(".")
+        if labelled(run) and name in OF_TEXT:
+            continue
         found = getattr(getattr(config, section), key)
         if found is not None:
             rows.append([Code(name), f"{found:g}" if isinstance(found, float) else found])

@@ -59,11 +59,13 @@ def check_labels(prepared: Labelled, run: Run, progress: Progress) -> None:
     if held and report.labels and len(prepared.eval):
         floor = majority(prepared.train.labels, prepared.eval.labels)
         share = held[-1]["accuracy"]
-        run.add_check(
-            "beats the commonest class",
-            share > floor,
-            f"accuracy {share:.1%} on held-out rows, {floor:.1%} by always answering training's commonest class",
+        told = f"accuracy {share:.1%} on held-out rows, {floor:.1%} by always answering training's commonest class"
+        advice = (
+            ""
+            if share > floor
+            else "; a new head may need a higher train.learning_rate, or more train.epochs"
         )
+        run.add_check("beats the commonest class", share > floor, told + advice)
 
 
 def check_loss(run: Run, progress: Progress) -> None:

@@ -98,7 +98,7 @@ def verify_merge(
     before = record(tuned, prompts)
     known = record(trained, prompts) if trained is not None else None
     same = {"attention": before.attention} if task == "classify" else {}  # not every encoder has sdpa's
-    config = ModelConfig(id=str(folder), dtype=dtype, device=str(device), **same)  # type: ignore[arg-type]
+    config = ModelConfig(id=str(folder), dtype=dtype, device=str(device), **same)
     merged = load_model(config, offline=True, task=task)
     result = verify.compare_models(
         before.tuned, merged.model, prompts, dtype=dtype, base=before.base, on_prompt=on_prompt
