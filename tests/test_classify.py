@@ -300,7 +300,8 @@ def test_peft_gives_the_same_logits_and_gradients(each: Path, data: Path, tmp_pa
     assert about["task_type"] == "SEQ_CLS"
     examples = use.held_labelled(found)[:8]
     [batch] = pad_rows(examples, micro_tokens=10**6, pad_id=0)
-    ours_BC, theirs_BC = logits_of(loaded.model, batch), theirs(**batch.inputs).logits
+    inputs = batch.inputs if each.name == "bert" else {"input_ids": batch.ids, "attention_mask": batch.mask}
+    ours_BC, theirs_BC = logits_of(loaded.model, batch), theirs(**inputs).logits
     torch.testing.assert_close(ours_BC, theirs_BC, rtol=1e-5, atol=1e-5)
     row_losses(ours_BC, batch.label).sum().backward()
     cross_entropy(theirs_BC, batch.label.long(), reduction="sum").backward()

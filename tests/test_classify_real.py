@@ -93,7 +93,7 @@ def test_tweets_are_told_apart(encoder: Path, tweets: tuple[Path, Path], tmp_pat
             "r": 8,
             "target_modules": "query,value",
             "train.learning_rate": 2e-3,
-            "eval.every": 50,
+            "eval.every": 125,
             "model.dtype": "float32",
         },
         offline=True,

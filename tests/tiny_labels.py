@@ -51,7 +51,10 @@ def tokenizer(*, pairs: bool = True) -> PreTrainedTokenizerFast:
 
 
 def make_encoder(folder: Path, kind: str = "bert") -> Path:
-    """A random base model without a head, its weights wide enough that answers depend on the text."""
+    """A random base model without a head, its weights wide enough that answers depend on the text.
+
+    Llama's tokenizer says which text a token is of, as many do whose model does not ask.
+    """
     torch.manual_seed(0)
     model: Any = tf.AutoModel.from_config(CONFIGS[kind]())
     with torch.no_grad():
@@ -59,7 +62,7 @@ def make_encoder(folder: Path, kind: str = "bert") -> Path:
             if parameter.dim() == 2:
                 parameter.mul_(8)
     model.save_pretrained(folder)
-    tokenizer(pairs=kind == "bert").save_pretrained(folder)
+    tokenizer(pairs=kind in ("bert", "llama")).save_pretrained(folder)
     return folder
 
 

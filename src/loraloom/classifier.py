@@ -27,7 +27,7 @@ from .data import Labels
 from .errors import NonFinite, UserError
 from .hub import resolve
 from .model import Loaded, load_model
-from .nll import evaluating
+from .nll import evaluating, parameters_of
 from .padded import Padded, pad_rows
 from .skeleton import CLASSIFIER, meta_model, read_shape
 
@@ -51,8 +51,11 @@ def loss_sum(model: nn.Module, batch: Padded) -> Tensor:
 
 
 def logits_of(model: nn.Module, batch: Padded) -> Tensor:
-    """(B, C) of a batch on the model's device."""
-    found: Tensor = model(**batch.inputs).logits
+    """(B, C) of a batch on the model's device; which text a token is of goes only to models that ask."""
+    given = batch.inputs
+    if "token_type_ids" not in parameters_of(type(model).forward):  # a tokenizer may write them all the same
+        given.pop("token_type_ids", None)
+    found: Tensor = model(**given).logits
     return found
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from . import hub
 from .adapt import Adapters
-from .adapter_files import about_base, is_adapter_folder, trained_on
+from .adapter_files import about_base, is_adapter_folder, read_record, trained_on
 from .adapter_io import load_adapter
 from .classifier import load_classifier, longest_input
 from .config import DataConfig, ModelConfig, Source
@@ -29,7 +29,7 @@ from .evaluate_labels import evaluate_labels
 from .files import write_json
 from .generate import context_length
 from .model import Loaded, load_model
-from .model_files import stored_format
+from .model_files import read_json, stored_format
 from .rundir import STATE, Run, find_runs
 from .workshop import UNLIMITED
 
@@ -107,7 +107,7 @@ class Found:
     def classes(self) -> dict[str, Any] | None:
         """What a classifier's adapter says of its labels; None for an adapter on text, or a plain model."""
         path = self.adapter / "labels.json" if self.adapter is not None else None
-        return json.loads(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else None
+        return read_json(path) if path is not None and path.is_file() else None
 
     @property
     def labels(self) -> Labels | None:
@@ -194,7 +194,8 @@ def load_base(found: Found, dtype: str | None, *, offline: bool) -> Loaded:
         dtype = stored_format(source.path)
     config = config.model_copy(update={"dtype": dtype} if dtype else {})
     if found.labels is not None:
-        seed = found.run.config.train.seed if found.run is not None else 0
+        record = read_record(found.adapter) if found.adapter is not None else None
+        seed = int(record.spec.get("seed", 0)) if record is not None else 0  # the head's, as in training
         return load_classifier(config, found.labels, seed=seed, offline=offline)
     return load_model(config, keep=found.keep, offline=offline)
 
