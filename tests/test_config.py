@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_labels
 import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_run import make_data, make_model, make_shop, run_tiny
 
+from loraloom import classifying
 from loraloom.compiling import Compiled
 from loraloom.config import (
     RunConfig,
@@ -38,14 +40,14 @@ THREE: dict[str, Any] = {"model": "m", "data": "d.jsonl", "output": "out"}
 GOLDEN = """
 model.id model.revision model.dtype model.device model.attention model.allow_pickle
 model.quantize model.fp8 model.double_quant model.quant_block
-data.train data.eval data.format data.map data.prompt data.system data.loss_on data.max_length data.too_long
+data.train data.eval data.format data.map data.labels data.prompt data.system data.loss_on data.max_length data.too_long
 data.max_lost data.packing data.encoding data.limit data.duplicates
-output method r alpha dropout target_modules layers rank_pattern alpha_pattern bias modules_to_save
+output task method r alpha dropout target_modules layers rank_pattern alpha_pattern bias modules_to_save
 train.epochs train.max_steps train.learning_rate train.schedule train.warmup train.batch_size train.batch_tokens
 train.micro_tokens train.optimizer train.paged train.weight_decay train.betas train.momentum train.max_grad_norm
 train.recompute train.fast train.compile train.graphs train.seed train.save_every train.save_minutes train.keep
 train.early_stop
-eval.every eval.prompts eval.max_new_tokens
+eval.every eval.prompts eval.max_new_tokens eval.best
 """
 NAMES = GOLDEN.split()
 
@@ -551,6 +553,24 @@ def test_settings_of_the_loop(model_folder: Path, data_file: Path, tmp_path: Pat
     assert len(run("every", eval__every=1).metrics("eval")) == 5
 
 
+def test_settings_of_labels(tmp_path: Path) -> None:
+    model = tiny_labels.make_encoder(tmp_path / "bert")
+    data = tiny_labels.make_rows(
+        tmp_path / "d.jsonl", [{"text": f"w{i} w{i % 7}", "label": i % 2} for i in range(40)]
+    )
+
+    def shop(**changes: Any) -> Any:
+        chosen = tiny_labels.settings(model, data, tmp_path / "run", **{"data__eval": 8} | changes)
+        return classifying.build(resolve(None, chosen)[0], offline=True, progress=False)
+
+    assert shop().model.config.num_labels == 2
+    assert shop().config.eval.best == "accuracy"
+    assert shop(data__labels="numbers").model.config.num_labels == 1
+    assert shop(eval__best="matthews").config.eval.best == "matthews"
+    with pytest.raises(UserError, match="set task=classification"):
+        resolve(None, tiny_labels.settings(model, data, tmp_path / "run", task="causal", eval__best="f1"))
+
+
 SEEN_ELSEWHERE = {
     "test_model_id_revision_and_pickle": {"model.id", "model.revision", "model.allow_pickle"},
     "test_what_only_a_gpu_can_do_is_refused_on_a_cpu": {"train.paged", "train.graphs"},
@@ -576,6 +596,7 @@ SEEN_ELSEWHERE = {
         "eval.prompts",
         "eval.max_new_tokens",
     },
+    "test_settings_of_labels": {"task", "data.labels", "eval.best"},
 }
 
 

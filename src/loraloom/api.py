@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from . import card, finish
+from . import card, classifying, finish
 from . import plan as plans
 from .adapter_files import is_adapter_folder
 from .checkpoint import Progress, clear, discard_diverged, restore, save_best, save_checkpoint
 from .config import RunConfig, flatten, resolve, with_values
-from .data import Examples
+from .data import Examples, Labelled
 from .data import cache as store
 from .errors import Failure, NonFinite, OutOfMemory, UserError
 from .files import write_json, write_text
@@ -80,13 +80,19 @@ def train(
     chosen, origins = resolve(None if isinstance(config, RunConfig) else config, given)
     refuse_taken(Path(chosen.output))
     torch.manual_seed(chosen.train.seed)  # nothing of ours draws from it; a part of a model may
-    shop = build(chosen, offline=offline, cache=data_cache(), progress=progress, fit=fit_beside_the_model)
+    make = builder(chosen)
+    shop = make(chosen, offline=offline, cache=data_cache(), progress=progress, fit=fit_beside_the_model)
     origins = origins | dict.fromkeys(shop.decided, "auto")
     machine = {"device": str(shop.loaded.device), "device_name": device_name(shop.loaded.device)}
     number_format = {"dtype": str(shop.loaded.dtype).removeprefix("torch."), "reason": shop.loaded.reason}
     run = Run.create(chosen.output, shop.config, origins, argv or sys.argv, **machine, **number_format)
     keep_data(shop, run)
     return go(shop, run, Progress(), listen)
+
+
+def builder(config: RunConfig) -> Callable[..., Workshop]:
+    """What makes the workshop of a run's task."""
+    return classifying.build if config.task == "classification" else build
 
 
 def plan(
@@ -150,7 +156,8 @@ def resume(
             f"{run.path} stopped before the start that {run.config.method['name']} chose was saved",
             hint="train a new run with the same settings",
         )
-    shop = build(run.config, offline=offline, cache=data_cache(), progress=progress, fresh=latest is None)
+    make = builder(run.config)
+    shop = make(run.config, offline=offline, cache=data_cache(), progress=progress, fresh=latest is None)
     if state.get("data_digest") not in (None, shop.data_digest()):
         raise UserError(
             f"the data of {run.path} has changed since it started, so it cannot be continued",
@@ -292,8 +299,10 @@ def as_kept(config: RunConfig, model: Any) -> RunConfig:
 
 def out_of_memory(shop: Workshop, error: Exception) -> OutOfMemory:
     """What takes how much, what grew, and which two changes save most."""
-    work = Measured(shop.train, shop.plan, packing=shop.packing)
     device, said = shop.loaded.device, str(error)
+    if isinstance(shop.prepared, Labelled):  # the plan of a GPU's memory knows causal models alone
+        return less_memory(shop, said)
+    work = Measured(shop.train, shop.plan, packing=shop.packing)
     cuda = device.type == "cuda"
     total = torch.cuda.get_device_properties(device).total_memory if cuda else None
     cudnn = cuda and torch.cuda.get_device_capability(device)[0] >= 9
@@ -308,8 +317,12 @@ def out_of_memory(shop: Workshop, error: Exception) -> OutOfMemory:
             said=said,
         )
     except UserError:
-        half = f"train.micro_tokens={shop.micro_tokens // 2}"
-        return OutOfMemory(f"out of memory: {said.splitlines()[0]}", hint=f"--set {half}")
+        return less_memory(shop, said)
+
+
+def less_memory(shop: Workshop, said: str) -> OutOfMemory:
+    half = f"train.micro_tokens={shop.micro_tokens // 2}"
+    return OutOfMemory(f"out of memory: {said.splitlines()[0]}", hint=f"--set {half}")
 
 
 def keep_data(shop: Workshop, run: Run) -> None:
@@ -317,7 +330,10 @@ def keep_data(shop: Workshop, run: Run) -> None:
     report = shop.prepared.report
     write_json(run.path / "data" / "manifest.json", report.to_dict())
     write_text(run.path / "data" / "issues.csv", report.issues_csv())
-    store.store(run.path / "data" / "held-out", Examples.build([]), shop.eval, report)
+    if isinstance(shop.prepared, Labelled):
+        store.store_labelled(run.path / "data" / "held-out", shop.eval)
+    else:
+        store.store(run.path / "data" / "held-out", Examples.build([]), shop.eval, shop.prepared.report)
 
 
 def write_pages(run: Run) -> None:

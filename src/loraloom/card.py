@@ -35,6 +35,8 @@ SETTINGS = (  # those that somebody who repeats the run asks for first
     "data.max_length",
 )
 
+OF_TEXT = ("data.prompt", "data.loss_on")
+
 
 def model_card(run: Run) -> str:
     """The text of README.md: front matter, use, data, result, settings, versions, limits."""
@@ -67,7 +69,10 @@ def front_matter(run: Run) -> str:
     base = hub_base(run)
     head: dict[str, Any] = {"base_model": base, "base_model_relation": "adapter"} if base else {}
     library = "loraloom" if only_ours(run) else "peft"
-    head |= {"library_name": library, "pipeline_tag": "text-generation"}
+    head |= {
+        "library_name": library,
+        "pipeline_tag": "text-classification" if labelled(run) else "text-generation",
+    }
     head["tags"] = list(dict.fromkeys(["lora", str(run.config.method.get("name", "lora")), "loraloom"]))
     sets = [
         source.path.removeprefix("hf:") for source in run.config.data.train if source.path.startswith("hf:")
@@ -75,6 +80,10 @@ def front_matter(run: Run) -> str:
     if sets:
         head["datasets"] = list(dict.fromkeys(sets))
     return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True).strip()}\n---"
+
+
+def labelled(run: Run) -> bool:
+    return run.config.task == "classification"
 
 
 def opening(run: Run, outcome: Result) -> str:
@@ -97,6 +106,8 @@ def use(run: Run) -> str:
     if base is None:
         return ""
     revision = run.config.model.revision
+    if labelled(run):
+        return use_of_labels(run, base)
     pinned = f", revision={revision!r}" if revision else ""
     if only_ours(run):
         return f"""```python
@@ -112,6 +123,22 @@ from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained({base!r}{pinned})
 model = PeftModel.from_pretrained(model, "path/to/adapter")
+```"""
+
+
+def use_of_labels(run: Run, base: str) -> str:
+    names = (run.read("data/manifest.json", None) or {}).get("labels") or []
+    revision = run.config.model.revision
+    more = f", revision={revision!r}" if revision else ""
+    if only_ours(run):
+        return f"`loraloom merge {run.name} OUT` makes a model that transformers loads."
+    return f"""```python
+from peft import PeftModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
+
+labels = {names!r}  # the outputs in their order; none: one number
+model = AutoModelForSequenceClassification.from_pretrained({base!r}{more}, num_labels={len(names) or 1})
+model = PeftModelForSequenceClassification.from_pretrained(model, "path/to/adapter")
 ```"""
 
 
@@ -140,15 +167,20 @@ def results(run: Run, outcome: Result) -> str:
     """Base beside tuned: the newest evaluation, or the held-out losses of training."""
     tables = evaluations(run)
     if tables:
+        sides = ["constant", "base", "tuned"] if labelled(run) else ["base", "tuned"]
         rows = [
-            [row.get("metric"), *map(value, (row.get("base"), row.get("tuned"))), row.get("verdict")]
+            [row.get("metric"), *(value(row.get(side)) for side in sides), row.get("verdict")]
             for row in tables[-1]["rows"]
         ]
         note = "± is one standard error over held-out examples."
-        return table(["metric", "base", "tuned", "verdict"], rows) + f"\n\n{note}"
+        if labelled(run):
+            note += " Constant: the answer that does not read the text, which the verdict is against."
+            note += " Base: the head as it was drawn."
+        return table(["metric", *sides, "verdict"], rows) + f"\n\n{note}"
     if outcome.best_loss is None:
         return "Not measured."
-    rows = [["held-out loss, nats per token", number(outcome.base_loss), number(outcome.best_loss)]]
+    loss = "held-out loss" if labelled(run) else "held-out loss, nats per token"
+    rows = [[loss, number(outcome.base_loss), number(outcome.best_loss)]]
     return table(["metric", "base", "tuned"], rows)
 
 
@@ -169,6 +201,8 @@ def settings_table(run: Run) -> str:
     ]
     for name in SETTINGS:
         section, key = name.split(".")
+        if labelled(run) and name in OF_TEXT:
+            continue
         found = getattr(getattr(config, section), key)
         if found is not None:
             rows.append([Code(name), f"{found:g}" if isinstance(found, float) else found])

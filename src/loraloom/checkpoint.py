@@ -40,19 +40,30 @@ class Progress:
     best_loss: float | None = None
     best_step: int | None = None
     waited: int = 0  # evaluations since the best one
+    metric: str | None = None  # what the best adapter is best in, if it is not the loss
+    best_score: float | None = None  # of that metric; more is better
 
-    def note(self, loss: float, *, base: float | None = None) -> bool:
+    def note(self, loss: float, *, base: float | None = None, score: tuple[str, float] | None = None) -> bool:
         """Take in a held-out loss; returns whether it is the best so far.
 
-        base  that of the base, where the method does not start from it
+        base   that of the base, where the method does not start from it
+        score  a metric and its value, which decides then; the loss decides between equal ones
         """
         if self.step == 0:
             self.base_loss = loss if base is None else base
-        if self.best_loss is None or loss < self.best_loss:
+        if self.best_loss is None or self.is_better(loss, score):
             self.best_loss, self.best_step, self.waited = loss, self.step, 0
+            if score is not None:
+                self.metric, self.best_score = score
             return True
         self.waited += 1
         return False
+
+    def is_better(self, loss: float, score: tuple[str, float] | None) -> bool:
+        assert self.best_loss is not None
+        if score is None or self.best_score is None:
+            return loss < self.best_loss
+        return (score[1], -loss) > (self.best_score, -self.best_loss)
 
     def waited_enough(self, patience: int | None) -> bool:
         return patience is not None and self.waited >= patience
@@ -109,9 +120,10 @@ def save_best(shop: Workshop, run: Run, progress: Progress) -> None:
             files.write_text(folder / "generation_config.json", generation.to_json_string())
         files.write_json(folder / "summary.json", summary(shop))
     if progress.best_loss is not None:
-        run.update(
-            best={"step": progress.best_step, "loss": progress.best_loss}, base_loss=progress.base_loss
-        )
+        best: dict[str, Any] = {"step": progress.best_step, "loss": progress.best_loss}
+        if progress.metric is not None:
+            best |= {"metric": progress.metric, progress.metric: progress.best_score}
+        run.update(best=best, base_loss=progress.base_loss)
 
 
 def write_adapter(shop: Workshop, folder: Path) -> None:
@@ -127,7 +139,8 @@ def write_adapter(shop: Workshop, folder: Path) -> None:
         trained_on=kept if model.quantize != "none" else None,
         **about,
     )
-    files.write_json(folder / "style.json", shop.style.to_dict())
+    for name, content in shop.prepared.report.beside.items():
+        files.write_json(folder / name, content)
 
 
 def summary(shop: Workshop) -> dict[str, Any]:

@@ -37,6 +37,10 @@ class RunConfig(Section):
     model: ModelConfig
     data: DataConfig
     output: str = Field(description="the run folder to make")
+    task: Literal["causal", "classification"] = Field(
+        "causal",
+        description="causal: text is continued; classification: a label for a text or a pair of texts, or a number",
+    )
     method: dict[str, Any] = Field(
         {"name": "lora"}, description="a name, such as rslora, or {name: ..., and the method's own options}"
     )
@@ -70,6 +74,14 @@ class RunConfig(Section):
         if isinstance(value, list):
             return ",".join(map(str, value))
         return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def labels_have_their_task(self) -> RunConfig:
+        glue = [source.path for source in self.data.train if source.path.startswith("glue:")]
+        if self.task == "causal" and (glue or self.eval.best not in ("auto", "loss")):
+            what = glue[0] if glue else f"eval.best={self.eval.best}"
+            raise ValueError(f"{what} is for labels, not for text: set task=classification")
+        return self
 
     @model_validator(mode="after")
     def alpha_is_a_number_or_multiple(self) -> RunConfig:

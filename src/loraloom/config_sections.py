@@ -80,7 +80,14 @@ class DataConfig(Section):
     format: Literal["auto", "alpaca", "prompt_completion", "messages", "sharegpt", "text"] = Field(
         "auto", description="the shape of the rows; auto: seen from their fields"
     )
-    map: dict[str, str] = Field({}, description="our field: your column, such as prompt: question")
+    map: dict[str, str] = Field(
+        {},
+        description="our field: your column, such as prompt: question; for labels the fields are text, pair, label",
+    )
+    labels: Literal["auto", "classes", "numbers"] = Field(
+        "auto",
+        description="for labels: classes, or numbers to come close to; auto: numbers where a label has a fraction",
+    )
     prompt: Literal["auto", "chat", "alpaca", "plain"] = Field(
         "auto",
         description="how a prompt is written: the tokenizer's chat template, Alpaca's style, or as it is; "
@@ -185,3 +192,8 @@ class EvalConfig(Section):
         [], description="prompts to answer at each evaluation; empty: three held-out ones"
     )
     max_new_tokens: Positive = Field(64, description="length of an answer")
+    best: Literal["auto", "loss", "accuracy", "f1", "matthews", "pearson", "spearman"] = Field(
+        "auto",
+        description="what the best adapter is best in, on the held-out rows; auto: the loss, for labels the accuracy, "
+        "or Pearson's correlation for numbers, or the metric of the GLUE task",
+    )

@@ -73,14 +73,21 @@ class TrainView:
             err.print(f" step {record['step']}/{self.steps}  {now}")
 
     def on_eval(self, record: dict[str, Any]) -> None:
-        better = self.best is None or record["loss"] < self.best
-        self.best = record["loss"] if better else self.best
+        metric = record.get("metric", "loss")
+        lost = record["loss"] if metric == "loss" else -record[metric]
+        better = self.best is None or lost < self.best
+        self.best = lost if better else self.best
         if self.bar is not None:
             self.bar.refresh()
         mark = "best so far" if better and record["step"] else "" if record["step"] else "the base"
         if "base" in record:
             mark = f"before the first step; the base {record['base']:.4f}"
-        err.print(f" eval at step {record['step']}: held-out loss {record['loss']:.4f}  {mark}".rstrip())
+        if "metric" in record and not record["step"]:
+            mark = "the head as it was drawn"
+        also = "" if metric == "loss" else f", {metric} {record[metric]:.4f}"
+        err.print(
+            f" eval at step {record['step']}: held-out loss {record['loss']:.4f}{also}  {mark}".rstrip()
+        )
 
     def on_note(self, words: str) -> None:
         err.print(Text(f"     note  {words}", style="dim"))
@@ -111,7 +118,7 @@ def facts(shop: Any) -> list[tuple[str, str]]:
         ("model", f"{config.model.id}  on {shop.loaded.device}, {shop.loaded.reason}"),
         (
             "data",
-            f"{report.train:,} examples, {report.eval:,} held out; {report.target_share:.1%} of tokens trained",
+            report.summary,
         ),
         (
             "method",
@@ -147,7 +154,8 @@ def show_run(run: Any) -> None:
     err.print(f" Adapter  {run.adapter_path}")
     if (run.path / "report.html").is_file():
         err.print(f" Report   {run.path / 'report.html'}")
-    verbs = [f"loraloom eval {run.path}", f"loraloom chat {run.path}"]
+    verbs = [f"loraloom eval {run.path}"]
+    verbs += [f"loraloom chat {run.path}"] if run.config.task == "causal" else []
     verbs += [f"loraloom merge {run.path} OUT"] if state.get("mergeable", True) else []
     err.print(f" Next     {'  ·  '.join(verbs)}")
 

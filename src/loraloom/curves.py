@@ -108,7 +108,9 @@ def smooth(values: Sequence[float]) -> list[float]:
     return out
 
 
-def loss_chart(train: Sequence[Record], held: Sequence[Record], outcome: Result) -> Chart | None:
+def loss_chart(
+    train: Sequence[Record], held: Sequence[Record], outcome: Result, unit: str = "nats per target token"
+) -> Chart | None:
     """Train loss, raw and smoothed, and held-out loss with the base as a line and the best step marked."""
     x, y = series(train, "loss")
     held_x, held_y = series(held, "loss")
@@ -132,7 +134,24 @@ def loss_chart(train: Sequence[Record], held: Sequence[Record], outcome: Result)
         return line_chart(name, lines, size=size, title=title, levels=levels, marks=marks)
 
     columns = ["step", "train loss", "smoothed train loss", "held-out loss"]
-    return chart("loss", "Loss", "nats per target token", draw, columns, rows, large=True, legend=legend)
+    return chart("loss", "Loss", unit, draw, columns, rows, large=True, legend=legend)
+
+
+def metric_chart(held: Sequence[Record], names: Sequence[str]) -> Chart | None:
+    """Metrics on held-out rows over the steps, each in a colour."""
+    curves = [(name, *series(held, name)) for name in names]
+    curves = [curve for curve in curves if curve[1]]
+    if not curves:
+        return None
+    lines = [Line(x, y, series=place, dots=True) for place, (_, x, y) in enumerate(curves)]
+
+    def draw(name: str, size: tuple[int, int]) -> str:
+        return line_chart(name, lines, size=size, title="metrics on held-out rows over the steps")
+
+    legend = [(name, place + 1, "line") for place, (name, _, _) in enumerate(curves)]
+    rows = merge_columns([(x, y) for _, x, y in curves])
+    columns = ["step", *(name for name, _, _ in curves)]
+    return chart("metrics", "Held-out metrics", "", draw, columns, rows, large=True, legend=legend)
 
 
 def small_charts(train: Sequence[Record]) -> list[Chart]:

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from . import evaluate_labels
 from .data.examples import Example
 from .errors import DataError
 from .generate import Answer, context_length, generate
@@ -274,6 +275,9 @@ def shown_examples(
 
 def render(result: dict[str, Any], console: Console) -> None:
     """Print the table of an evaluation, and below it what was measured how."""
+    if result.get("task") == "classification":
+        evaluate_labels.render(result, console)
+        return
     table = Table(box=None, pad_edge=False, header_style="dim")
     for title, side in (
         ("", "left"),

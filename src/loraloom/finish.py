@@ -6,13 +6,30 @@ import torch
 
 from .adapter_io import folder_tensors, read_safetensors
 from .checkpoint import Progress
+from .data import DataReport, Labelled
+from .metrics import majority
 from .rundir import Run
 from .workshop import Workshop
 
 
 def check_run(shop: Workshop, run: Run, progress: Progress) -> None:
     """Record every check of a finished run; a failed one is said, it does not undo the run."""
-    report = shop.prepared.report
+    if isinstance(shop.prepared, Labelled):
+        check_labels(shop.prepared, run, progress)
+    else:
+        check_text(shop.prepared.report, run)
+    layers = len(next(iter(shop.adapters.adapters.values())).sites)
+    run.add_check("gradients", True, f"all {layers} adapted layers received a gradient in the first step")
+    norms = [record["grad_norm"] for record in run.metrics("train")]
+    if norms:
+        run.add_check("finite", True, f"loss and gradient were finite in all {len(norms)} steps")
+    check_loss(run, progress)
+    check_stops(run)
+    check_file(shop, run, progress)
+
+
+def check_text(report: DataReport, run: Run) -> None:
+    """Whether there was something to learn, and answers that end."""
     run.add_check(
         "trained tokens",
         report.targets > 0,
@@ -25,14 +42,30 @@ def check_run(shop: Workshop, run: Run, progress: Progress) -> None:
         if report.all_ended
         else "some training answers do not end in a trained end token: the model may not learn to stop",
     )
-    layers = len(next(iter(shop.adapters.adapters.values())).sites)
-    run.add_check("gradients", True, f"all {layers} adapted layers received a gradient in the first step")
-    norms = [record["grad_norm"] for record in run.metrics("train")]
-    if norms:
-        run.add_check("finite", True, f"loss and gradient were finite in all {len(norms)} steps")
-    check_loss(run, progress)
-    check_stops(run)
-    check_file(shop, run, progress)
+
+
+def check_labels(prepared: Labelled, run: Run, progress: Progress) -> None:
+    """Whether training has every class, and whether the model beats the answer that needs no text."""
+    report = prepared.report
+    missing = [name for name in report.labels if not report.counts["train"].get(name)]
+    if report.labels:
+        told = (
+            f"each of {len(report.labels)} classes stands in training"
+            if not missing
+            else "without a training row: "
+        )
+        run.add_check("classes", not missing, told + ", ".join(missing[:10]))
+    held = [record for record in run.metrics("eval") if record.get("step") == progress.best_step]
+    if held and report.labels and len(prepared.eval):
+        floor = majority(prepared.train.labels, prepared.eval.labels)
+        share = held[-1]["accuracy"]
+        told = f"accuracy {share:.1%} on held-out rows, {floor:.1%} by always answering training's commonest class"
+        advice = (
+            ""
+            if share > floor
+            else "; a new head may need a higher train.learning_rate, or more train.epochs"
+        )
+        run.add_check("beats the commonest class", share > floor, told + advice)
 
 
 def check_loss(run: Run, progress: Progress) -> None:

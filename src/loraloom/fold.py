@@ -17,7 +17,7 @@ from .model import DTYPES, Loaded, load_tokenizer, name_of, pick_device, quantis
 from .model_files import read_config, stored_format
 from .rundir import Run
 from .skeleton import read_shape, text_config
-from .use import Found, find_target, held_out, load_found, near_runs
+from .use import Found, find_target, held_labelled, held_out, load_found, near_runs
 
 NUM_PROMPTS = 32  # for the verification of a merge
 PLAIN_PROMPTS = (
@@ -132,6 +132,7 @@ def recipe_of(found: Found, dtype: str | None, base: str | None, *, offline: boo
         device=pick_device(given.device),
         keep=found.keep,
         allow_pickle=given.allow_pickle,
+        labels=found.labels,
     )
 
 
@@ -161,6 +162,7 @@ def verified(
             prompts,
             dtype=merged.dtype,
             device=recipe.device,
+            task="causal" if found.labels is None else "classify",
             on_prompt=on_prompt,
         )
     except OutOfMemory as error:
@@ -185,7 +187,7 @@ def on_base(found: Found, dtype: str, recipe: Recipe, *, offline: bool) -> tuple
 def probe_prompts(found: Found, folder: Path) -> list[list[int]]:
     """What a merge is verified on: held-out examples with their answers, else a few plain sentences."""
     try:
-        held = held_out(found.target, found.run)
+        held = held_out(found.target, found.run) if found.labels is None else held_labelled(found)
         prompts = [list(held[i].ids) for i in range(min(NUM_PROMPTS, len(held)))]
     except DataError:
         tokenizer = load_tokenizer(folder)

@@ -9,8 +9,9 @@ from typing import Any
 from rich.console import Console
 
 from . import hub, methods
+from .classifying import before_weights
 from .config import RunConfig, describe, resolve
-from .data import Prepared, prepare, show
+from .data import Labelled, Prepared, length_histogram, prepare, prepare_labels, show
 from .errors import UserError
 from .model import load_tokenizer
 from .small_model import cache_folder
@@ -19,7 +20,7 @@ from .workshop import UNLIMITED
 
 def prepare_file(
     file: str, model: str | None, settings: dict[str, Any], *, offline: bool
-) -> tuple[Prepared, Any]:
+) -> tuple[Prepared | Labelled, Any]:
     """Read and tokenise a file as `train` would.
 
     model  whose tokenizer; the small model's if none is named
@@ -29,6 +30,9 @@ def prepare_file(
     chosen = {"model": model or "smollm2-135m-instruct", "output": "none", "data": file}
     config: RunConfig
     config, _ = resolve(None, chosen | settings)
+    if config.task == "classification":
+        words, longest = before_weights(config, offline=offline)
+        return prepare_labels(config.data, words, model_max_length=longest, seed=config.train.seed), words
     folder = hub.resolve(config.model.id, revision=config.model.revision, offline=offline).path
     tokenizer = load_tokenizer(folder)
     limit = context_of(folder)
@@ -65,5 +69,33 @@ def settings(method: str | None) -> list[tuple[str, str, str]]:
     return rows
 
 
-def show_file(prepared: Prepared, tokenizer: Any, console: Console, *, previews: int) -> None:
+def show_file(prepared: Prepared | Labelled, tokenizer: Any, console: Console, *, previews: int) -> None:
+    if isinstance(prepared, Labelled):
+        show_labels(prepared, tokenizer, console, previews=previews)
+        return
     show(prepared, tokenizer, console, previews=previews)
+
+
+def show_labels(found: Labelled, tokenizer: Any, console: Console, *, previews: int) -> None:
+    """Columns, rows of each label, what was left out, lengths, and a few rows as the model reads them."""
+    report = found.report
+    lines = [
+        f"{len(report.sources)} source(s), {report.read:,} rows read, {report.kept:,} used: {report.summary}"
+    ]
+    lines.append("columns: " + ", ".join(f"{field} = {column}" for field, column in report.columns.items()))
+    for side, counts in report.counts.items():
+        if counts:
+            shown = [
+                f"{name} {count:,}" if report.labels else f"{name} {count:.4g}"
+                for name, count in counts.items()
+            ]
+            lines.append(f"{side}: " + ", ".join(shown[:20]) + (" ..." if len(shown) > 20 else ""))
+    for problem in report.problems:
+        lines.append(f"{problem.effect}: {problem.count:,} {problem.kind} ({', '.join(problem.rows[:3])})")
+    lines += [f"note: {note}" for note in report.notes]
+    lines += [f"tokens a row, at most {report.max_length:,} ({report.max_length_origin})"]
+    lines.append(length_histogram(found.train.lengths.tolist()))
+    for example in found.train[:previews]:
+        label = report.labels[int(example.label)] if report.labels else f"{example.label:g}"
+        lines += ["", f"{example.row}  label {label}", f"  {tokenizer.decode(example.ids)}"]
+    console.print("\n".join(lines), markup=False, highlight=False)

@@ -28,15 +28,17 @@ from .adapter_files import is_peft_folder
 from .adapter_fill import same
 from .adapter_io import load_adapter, read_tensors
 from .bank import Bank
+from .classifier import head_names, shape_of
+from .data import Labels
 from .disk_names import Names, tied_names
 from .errors import NonFinite, UserError
 from .incoming import Incoming
 from .layers import Conv1DLayer, kind_of
 from .merge_table import LayerError, Merged, measure
-from .model import CLASSES, check_folder, check_report, load_tokenizer, name_of, read_weights
+from .model import CLASSES, Task, check_folder, check_report, load_tokenizer, name_of, read_weights
 from .on_load import Arrival
 from .peft_tensors import PREFIX, base_copy
-from .pretrained import write_generation, write_tokenizer
+from .pretrained import pad_id, write_generation, write_tokenizer
 from .quant import Weight4, dense
 from .refusals import refuse_merging
 from .shards import ShardWriter
@@ -67,6 +69,7 @@ class Recipe:
     device: torch.device
     keep: Sequence[str] = ()
     allow_pickle: bool = False
+    labels: Labels | None = None  # of a classifier, whose head is written too
 
 
 @torch.no_grad()
@@ -74,7 +77,7 @@ def merge_shards(recipe: Recipe, out: Path, *, progress: bool = False) -> Merged
     """Write the whole model folder `out`: shards, config, generation settings, tokenizer, chat template."""
     check_folder(recipe.folder, allow_pickle=recipe.allow_pickle)
     tokenizer = load_tokenizer(recipe.folder)
-    skeleton = meta_model(read_shape(recipe.folder), dtype=recipe.read, attention="eager")
+    skeleton, task, more = made_of(recipe, tokenizer)
     adapters = load_adapter(
         Adapters(skeleton, device=recipe.device), recipe.adapter, allow_pickle=recipe.allow_pickle
     )
@@ -82,13 +85,25 @@ def merge_shards(recipe: Recipe, out: Path, *, progress: bool = False) -> Merged
         refuse_merging(adapters.adapters[name].method)
     with files.whole_folder(out) as partial:
         merger = Merger(recipe, adapters, ShardWriter(partial))
-        given = {"dtype": recipe.read, "attn_implementation": "eager"}
-        model, report = read_weights(recipe.folder, CLASSES["causal"], merger, given, progress=progress)
+        given = {"dtype": recipe.read, "attn_implementation": "eager"} | more
+        model, report = read_weights(recipe.folder, CLASSES[task], merger, given, progress=progress)
         notes = merger.finish(model, report)
         write_settings(model, partial, recipe.dtype, untied=merger.untied)
         write_tokenizer(tokenizer, partial)
     name = name_of(recipe.dtype)
     return Merged(str(out), name, recipe.base, merger.layers, sorted(merger.replaced), merger.untied, notes)
+
+
+def made_of(recipe: Recipe, tokenizer: Any) -> tuple[Any, Task, dict[str, Any]]:
+    """A model without numbers, what kind it is, and what its config says beside the files' own."""
+    if recipe.labels is None:
+        return meta_model(read_shape(recipe.folder), dtype=recipe.read, attention="eager"), "causal", {}
+    skeleton, more = shape_of(recipe.folder, recipe.labels, recipe.read), recipe.labels.settings()
+    if (
+        skeleton.config.get_text_config().pad_token_id is None
+    ):  # a decoder reads the last token before padding
+        more["pad_token_id"] = pad_id(tokenizer)
+    return skeleton, "classify", more
 
 
 def write_settings(model: Any, folder: Path, dtype: torch.dtype, *, untied: bool) -> None:
@@ -202,7 +217,8 @@ class Merger:
 
         raises  UserError if the files lack a weight of the model
         """
-        notes = check_report(self.recipe.folder, report, (), self.misfits)
+        heads = [f"{name}." for name in head_names(model)] if self.recipe.labels is not None else []
+        notes = check_report(self.recipe.folder, report, heads, self.misfits)
         for name, own in model.named_parameters():
             if not own.is_meta:  # what transformers kept in a format of its own, and read itself
                 path, _, leaf = name.rpartition(".")

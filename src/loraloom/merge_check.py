@@ -21,7 +21,7 @@ from .adapt import Adapters
 from .config import ModelConfig
 from .doctor import main_memory
 from .merge_table import Merged
-from .model import Loaded, load_model
+from .model import Loaded, Task, load_model
 from .model_files import find_weights
 from .verify import Verification
 
@@ -62,6 +62,7 @@ class Recorded:
 
     def __init__(self, loaded: Loaded, adapters: Adapters, prompts: Sequence[list[int]]) -> None:
         self.logits: dict[tuple[int, ...], list[torch.Tensor]] = {}
+        self.attention: str = loaded.model.config._attn_implementation
         adapters.eval()
         for prompt in prompts:
             ids = torch.tensor([prompt], device=loaded.device)
@@ -85,16 +86,20 @@ def verify_merge(
     *,
     dtype: str,
     device: torch.device,
+    task: Task = "causal",
     on_prompt: Callable[[int], None] | None = None,
 ) -> tuple[Verification, Verification | None]:
     """Compare the model in a folder with its adapter.
 
     tuned    loads the adapter on the base that it was merged into
     trained  loads it on the base in 4 bits, if that is another
+    task     classify for a model with one answer a prompt
     """
     before = record(tuned, prompts)
     known = record(trained, prompts) if trained is not None else None
-    merged = load_model(ModelConfig(id=str(folder), dtype=dtype, device=str(device)), offline=True)
+    same = {"attention": before.attention} if task == "classify" else {}  # not every encoder has sdpa's
+    config = ModelConfig(id=str(folder), dtype=dtype, device=str(device), **same)
+    merged = load_model(config, offline=True, task=task)
     result = verify.compare_models(
         before.tuned, merged.model, prompts, dtype=dtype, base=before.base, on_prompt=on_prompt
     )

@@ -21,6 +21,8 @@ from .peft_tensors import PLAIN_LORA, by_module, export_rank, kept, pair_of, pla
 from .peft_types import TYPES
 from .targets import is_tied, modules_named
 
+PEFT_HEADS = ("classifier", "score")  # what PEFT trains of a classifier by itself
+
 # ---- which form ---------------------------------------------------------------------------------------------
 
 
@@ -83,9 +85,15 @@ def peft_settings(adapters: Adapters, adapter: Adapter, form: str = PEFT) -> dic
     method, model, spec = adapter.method, adapters.model, adapter.spec
     name = "LORA" if form == LORA else str(method.peft_type)
     kind = TYPES[name]
+    saved = modules_named(model, spec.modules_to_save)
     if kind.tokens:
         width = next(iter(adapter.sites.values())).layer.out_features
-        about = {"peft_type": name, "task_type": task_type(model), "inference_mode": True, "token_dim": width}
+        about = {
+            "peft_type": name,
+            "task_type": task_type(model, saved),
+            "inference_mode": True,
+            "token_dim": width,
+        }
         return about | dict(kind.plain) | method.peft_config()
     modules = by_module(adapter)
     if form == LORA:
@@ -99,11 +107,11 @@ def peft_settings(adapters: Adapters, adapter: Adapter, form: str = PEFT) -> dic
     tied = "ensure_weight_tying" in kind.unread and is_tied(model)
     return {
         "peft_type": name,
-        "task_type": task_type(model),
+        "task_type": task_type(model, saved),
         "inference_mode": True,
         "target_modules": target_list(model, list(scales)),
         # full names: PEFT takes an entry for every module whose name ends so, "norm" for input_layernorm too
-        "modules_to_save": modules_named(model, spec.modules_to_save) or None,
+        "modules_to_save": saved or None,
         "fan_in_fan_out": any(isinstance(site.layer, Conv1DLayer) for site in adapter.sites.values()),
         **kind.plain,
         **own,
@@ -144,14 +152,18 @@ def number(value: float) -> float | int:
     return int(value) if float(value).is_integer() else float(value)
 
 
-def task_type(model: nn.Module) -> str | None:
+def task_type(model: nn.Module, saved: Sequence[str] = ()) -> str | None:
     """How PEFT calls the model's task; None where its wrapper would train more than the adapter does.
 
     For classifiers PEFT takes a head of its own as trained, whether or not the folder holds one.
+
+    saved  the modules that the adapter trains whole
     """
     name = type(model).__name__
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         return "CAUSAL_LM"
+    if name.endswith("ForSequenceClassification") and any(hasattr(model, head) for head in PEFT_HEADS):
+        return "SEQ_CLS" if all(head in saved for head in PEFT_HEADS if hasattr(model, head)) else None
     return "SEQ_2_SEQ_LM" if name.endswith("ForConditionalGeneration") else None
 
 

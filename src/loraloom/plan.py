@@ -117,6 +117,11 @@ def plan(
 
     raises  UserError for settings that do not fit the model; or `fit` where nothing fits
     """
+    if config.task == "classification":
+        raise UserError(
+            "the plan knows causal models alone, and this run is a classifier",
+            hint="a classifier's passes are set by train.micro_tokens",
+        )
     config = with_values(config, method_defaults(config))
     folder = None if shape else folder_of(config, offline=offline)
     about = published(shape) if shape else read_shape(folder)  # type: ignore[arg-type]

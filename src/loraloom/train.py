@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from . import classifying
 from .checkpoint import Progress, save_best, save_checkpoint
 from .compiling import compile_seconds
 from .dressing import dresser
@@ -20,6 +21,7 @@ from .prefetch import Ahead
 from .rundir import Run
 from .samples import answer_prompts
 from .step import Queued, StepStats, accumulate, check_gradients, queue_step
+from .task import Task
 from .workshop import Workshop, method_of
 
 TELL_SECONDS = 2.0  # between records of the step in run.json: each waits for the disk
@@ -32,16 +34,16 @@ def train_loop(shop: Workshop, run: Run, progress: Progress, listen: Callable[[s
 
     listen  told ("step", record), ("eval", record), ("sample", record), ("note", words) and ("checkpoint", path)
     """
-    config, num_steps = shop.config.train, len(shop.plan)
+    config, num_steps, task = shop.config.train, len(shop.plan), task_of(shop)
     num_warmup = warmup_steps(config.warmup, num_steps)
     last_saved = last_told = time.monotonic()
     if progress.step == 0:
-        evaluate_now(shop, run, progress, listen)
+        task.evaluate(shop, run, progress, listen)
     elif progress.waited_enough(config.early_stop):  # killed after its last checkpoint
         return "stopped_early"
     left = range(progress.step, num_steps)
-    with asked_to_stop() as stop, Ahead(packer(shop), left, shop.loaded.device) as ahead:
-        steps = Steps(shop, ahead, num_warmup)
+    with asked_to_stop() as stop, Ahead(task.packer(shop), left, shop.loaded.device) as ahead:
+        steps = Steps(shop, ahead, num_warmup, task)
         while progress.step < num_steps:
             began = time.monotonic()
             number = progress.step + 1
@@ -58,7 +60,7 @@ def train_loop(shop: Workshop, run: Run, progress: Progress, listen: Callable[[s
                 listen("note", note)
             finished = progress.step == num_steps
             if shop.evaluates and (progress.step % shop.eval_every == 0 or finished):
-                evaluate_now(shop, run, progress, listen)
+                task.evaluate(shop, run, progress, listen)
             ended = finished or progress.waited_enough(config.early_stop)
             due = due_now(config.save_every, config.save_minutes, progress.step, last_saved)
             saves = (due or ended or stop.asked) and steps.next is None
@@ -79,8 +81,11 @@ class Steps:
     """The steps of a run in order. Where nothing need be seen between two of them, the next one is queued on the GPU
     before the numbers of this one are read: the GPU does not wait for the host."""
 
-    def __init__(self, shop: Workshop, batches: Iterator[Sequence[Batch]], num_warmup: int) -> None:
+    def __init__(
+        self, shop: Workshop, batches: Iterator[Sequence[Any]], num_warmup: int, task: Task | None = None
+    ) -> None:
         self.shop, self.batches, self.num_warmup = shop, batches, num_warmup
+        self.task = task or TEXT
         self.next: tuple[Queued, float] | None = None  # queued, and not settled
         self.failed: Exception | None = None  # what queueing it has raised
 
@@ -113,10 +118,16 @@ class Steps:
             num_steps=num_steps,
             max_norm=shop.config.train.max_grad_norm,
             inspect=(lambda: check_gradients(shop.adapters)) if step == 0 else None,
-            backward=shop.graphs or accumulate,
+            backward=self.task.gradient or shop.graphs or accumulate,
+            broken=self.task.broken,
             after=after,
         )
         return queued, lr
+
+
+def task_of(shop: Workshop) -> Task:
+    """What the loop asks of the run's task."""
+    return classifying.TASK if shop.config.task == "classification" else TEXT
 
 
 def packer(shop: Workshop) -> Callable[[int], list[Batch]]:
@@ -161,6 +172,9 @@ def evaluate_now(shop: Workshop, run: Run, progress: Progress, listen: Callable[
                 listen("sample", entry)
     finally:
         shop.adapters.train()
+
+
+TEXT = Task(packer, None, None, evaluate_now)
 
 
 def measure(shop: Workshop) -> Loss:

@@ -14,18 +14,22 @@ from typing import Any
 
 from . import hub
 from .adapt import Adapters
-from .adapter_files import about_base, is_adapter_folder, trained_on
+from .adapter_files import about_base, is_adapter_folder, read_record, trained_on
 from .adapter_io import load_adapter
+from .classifier import load_classifier, longest_input
 from .config import DataConfig, ModelConfig, Source
 from .conversation import Conversation
-from .data import Examples, Style, prepare, render_prompt, resolve_style
+from .data import Examples, LabelledExamples, Labels, Style, prepare, render_prompt, resolve_style
 from .data import cache as store
+from .data.labelled import read_file as read_labelled
+from .data.report import LOST
 from .errors import DataError, UserError, nearest
 from .evaluate import evaluate_run
+from .evaluate_labels import evaluate_labels
 from .files import write_json
 from .generate import context_length
 from .model import Loaded, load_model
-from .model_files import stored_format
+from .model_files import read_json, stored_format
 from .rundir import STATE, Run, find_runs
 from .text_metrics import check_metrics
 from .workshop import UNLIMITED
@@ -100,6 +104,16 @@ class Found:
     dtype: str | None = None
     keep: tuple[str, ...] = ()
 
+    @property
+    def classes(self) -> dict[str, Any] | None:
+        """What a classifier's adapter says of its labels; None for an adapter on text, or a plain model."""
+        path = self.adapter / "labels.json" if self.adapter is not None else None
+        return read_json(path) if path is not None and path.is_file() else None
+
+    @property
+    def labels(self) -> Labels | None:
+        return Labels(tuple(self.classes["labels"])) if self.classes is not None else None
+
 
 def find_target(target: Path | str, *, model: str | None = None) -> Found:
     """Find a run folder, an adapter folder, or a model (a folder or an id).
@@ -142,6 +156,11 @@ def open_target(
     raises  UserError if it is none of them, or its base cannot be found
     """
     found = find_target(target, model=model)
+    if found.labels is not None:
+        raise UserError(
+            f"{target} is a classifier: it answers with a label, not with text",
+            hint=f"measure it: loraloom eval {target}",
+        )
     loaded, adapters = load_found(found, dtype or found.dtype, offline=offline)
     return Opened(str(target), loaded, adapters, style_of(found.adapter or Path(target), loaded), found.run)
 
@@ -149,7 +168,7 @@ def open_target(
 def load_found(found: Found, dtype: str | None, *, offline: bool) -> tuple[Loaded, Adapters | None]:
     """The base, and the adapter on it."""
     with near_runs(found):
-        loaded = load_base(found.base, dtype, keep=found.keep, offline=offline)
+        loaded = load_base(found, dtype, offline=offline)
     return loaded, load_adapter(loaded.model, found.adapter) if found.adapter is not None else None
 
 
@@ -166,14 +185,20 @@ def near_runs(found: Found) -> Iterator[None]:
         raise
 
 
-def load_base(config: ModelConfig, dtype: str | None, *, keep: Sequence[str] = (), offline: bool) -> Loaded:
+def load_base(found: Found, dtype: str | None, *, offline: bool) -> Loaded:
     """The base in a number format: one that is named, the one on its disk, or what the settings say."""
+    config = found.base
     if dtype == STORED:
         source = hub.resolve(
             config.id, revision=config.revision, offline=offline, allow_pickle=config.allow_pickle
         )
         dtype = stored_format(source.path)
-    return load_model(config.model_copy(update={"dtype": dtype} if dtype else {}), keep=keep, offline=offline)
+    config = config.model_copy(update={"dtype": dtype} if dtype else {})
+    if found.labels is not None:
+        record = read_record(found.adapter) if found.adapter is not None else None
+        seed = int(record.spec.get("seed", 0)) if record is not None else 0  # the head's, as in training
+        return load_classifier(config, found.labels, seed=seed, offline=offline)
+    return load_model(config, keep=found.keep, offline=offline)
 
 
 def style_of(folder: Path, loaded: Loaded) -> Style:
@@ -203,6 +228,13 @@ def evaluate(
     metrics  more of the answers, from text_metrics.METRICS
     """
     check_metrics(metrics)  # before a large model is loaded
+    found = find_target(target, model=model)
+    if found.labels is not None:
+        if max_new_tokens is not None:
+            raise UserError(f"{target} is a classifier: --max-new-tokens is for answers in text")
+        if metrics:
+            raise UserError(f"{target} is a classifier: --metrics is for answers in text")
+        return measure_labels(found, data=data, dtype=dtype, offline=offline)
     opened = open_target(target, model=model, dtype=dtype, offline=offline)
     if opened.adapters is None:
         raise UserError(
@@ -227,6 +259,54 @@ def evaluate(
     if opened.run is not None:
         write_json(opened.run.path / "eval" / f"{result['name']}.json", result)
     return result
+
+
+def measure_labels(found: Found, *, data: str | None, dtype: str | None, offline: bool) -> dict[str, Any]:
+    """`evaluate` for a classifier: on the run's held-out rows, or those of a file.
+
+    raises  DataError if there are none
+    """
+    about, labels, run = found.classes, found.labels, found.run
+    assert about is not None
+    assert labels is not None
+    loaded, adapters = load_found(found, dtype or found.dtype, offline=offline)
+    assert adapters is not None
+    left_out = 0
+    if data is not None:
+        given = run.config.data if run is not None else DataConfig(train=[Source(path=data)])
+        limit = longest_input(loaded.model, loaded.tokenizer)
+        examples, issues = read_labelled(data, given, labels, loaded.tokenizer, model_max_length=limit)
+        left_out = len({issue.row for issue in issues if issue.kind in LOST})
+    else:
+        examples = held_labelled(found)
+    best = run.config.eval.best if run is not None else "auto"
+    result = evaluate_labels(
+        loaded.model,
+        loaded.tokenizer,
+        adapters,
+        examples,
+        labels,
+        about["train"],
+        pad_id=loaded.pad_id,
+        main=best,
+        name=Path(data).stem if data else "held-out",
+        left_out=left_out,
+    )
+    if run is not None:
+        write_json(run.path / "eval" / f"{result['name']}.json", result)
+    return result
+
+
+def held_labelled(found: Found) -> LabelledExamples:
+    """A classifier run's held-out rows.
+
+    raises  DataError if there are none
+    """
+    run = found.run
+    held = store.fetch_labelled(run.path / "data" / "held-out") if run is not None else None
+    if held is None or not len(held):
+        raise DataError(f"{found.target} has no held-out rows", hint="name a file of them: --data FILE")
+    return held
 
 
 def converse(opened: Opened, **settings: Any) -> Conversation:

@@ -22,7 +22,8 @@ STATUS = {
 
 def verdict(run: Run, outcome: Result) -> list[str]:
     """The sentences: what was trained on what, the result against the base, the checks."""
-    sentences = [trained(run, outcome), *end(run, outcome), against_base(outcome), checked(run.checks())]
+    result = labels_result(run, outcome) or against_base(outcome)
+    sentences = [trained(run, outcome), *end(run, outcome), result, checked(run.checks())]
     return [sentence for sentence in sentences if sentence]
 
 
@@ -114,6 +115,22 @@ def against_base(outcome: Result) -> str:
     return sentence + "."
 
 
+def labels_result(run: Run, outcome: Result) -> str | None:
+    """A classifier's best metric beside the head as it was drawn; None for a run on text."""
+    best = run.state.get("best") or {}
+    metric = best.get("metric") or "loss"
+    held = [record for record in run.metrics("eval") if record.get(metric) is not None]
+    if run.config.task == "causal" or not held or best.get(metric) is None:
+        return None
+    first, last = float(held[0][metric]), float(best[metric])
+    sentence = (
+        f"Held-out {metric} went from {number(first, 3)} with the head as it was drawn to {number(last, 3)}"
+    )
+    sentence += f" at step {best['step']}"
+    floor = next((c for c in run.checks() if c.get("name") == "beats the commonest class"), None)
+    return f"{sentence}: {floor['detail']}." if floor else sentence + "."
+
+
 def exp(loss: float) -> float:
     """The perplexity of a loss in nats; infinite where it is too large to write."""
     return math.exp(loss) if loss < 700 else math.inf
@@ -132,7 +149,10 @@ def checked(checks: Sequence[dict[str, Any]]) -> str:
 def tiles(run: Run, outcome: Result) -> list[dict[str, str]]:
     """The headline figures: label, value and a note beneath; those that were measured."""
     best, base = outcome.best_loss, outcome.base_loss
+    chosen = run.state.get("best") or {}
+    metric = str(chosen.get("metric", "metric"))
     found: list[tuple[str, str | None, str]] = [
+        (metric, number(float(chosen[metric]), 3) if metric in chosen else None, "best, on held-out rows"),
         ("held-out loss", number(best) if best is not None else None, against(base, best)),
         ("exact match", share(outcome.exact_match), f"base {percent(outcome.base_match)}"),
         ("time", duration(outcome.seconds) if outcome.seconds else None, plural(outcome.steps, "step")),

@@ -148,20 +148,22 @@ def compare_models(
 
 
 def logits_of(model: nn.Module | Logits, ids: Tensor) -> Tensor:
-    """The logits (T, V) of one prompt (1, T), on the model's own device."""
+    """The logits (T, V) of one prompt (1, T), on the model's own device; (1, C) of a classifier."""
     if not isinstance(model, nn.Module):
         return model(ids)[0]
     ids = ids.to(next(model.parameters()).device)
     arguments = {"use_cache": False} if takes(model, "use_cache") else {}
     with evaluating(model):
         output = model(input_ids=ids, **arguments)
-    return getattr(output, "logits", output)[0]
+    logits: Tensor = getattr(output, "logits", output)[0]
+    return logits[None] if logits.dim() == 1 else logits
 
 
 def compare_logits(a_TV: Tensor, b_TV: Tensor, prompt: int) -> tuple[Tensor, Tensor, float]:
     """(KL, agreement) by position, and the largest difference of a logit.
 
-    Two tokens with equal logits are both first, so a tie is no disagreement.
+    Two tokens with equal logits are both first, so a tie is no disagreement. One output is a number, the mean of a
+    normal distribution of variance 1: KL is half the squared difference.
     """
     if a_TV.shape != b_TV.shape:
         raise Failure(
@@ -178,7 +180,8 @@ def compare_logits(a_TV: Tensor, b_TV: Tensor, prompt: int) -> tuple[Tensor, Ten
                     f"the {side} model gives logits that are not finite numbers on prompt {prompt + 1}"
                 )
             log_a, log_b = a.log_softmax(-1), b.log_softmax(-1)
-            kls.append((log_a.exp() * (log_a - log_b)).sum(-1).clamp_min(0).cpu())
+            kl = (log_a.exp() * (log_a - log_b)).sum(-1).clamp_min(0)
+            kls.append(((a - b)[:, 0] ** 2 / 2 if a.shape[-1] == 1 else kl).cpu())
             top_a, top_b = a.argmax(-1, keepdim=True), b.argmax(-1, keepdim=True)
             same = (a.gather(-1, top_a) == a.gather(-1, top_b)) | (b.gather(-1, top_a) == b.gather(-1, top_b))
             agreed.append(same.squeeze(-1).cpu())

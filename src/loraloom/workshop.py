@@ -21,7 +21,7 @@ from .adapt import Adapters
 from .adapter import AdapterSpec
 from .compiling import compile_layers, compile_seconds
 from .config import RunConfig, with_values
-from .data import Examples, Prepared, Style, check_sources, prepare
+from .data import Examples, Labelled, Prepared, Style, check_sources, prepare
 from .errors import DataError, UserError
 from .files import digest
 from .generate import context_length
@@ -54,7 +54,7 @@ class Workshop:
     config: RunConfig
     loaded: Loaded
     adapters: Adapters
-    prepared: Prepared
+    prepared: Prepared | Labelled
     optimizer: torch.optim.Optimizer
     plan: StepPlan
     decided: dict[str, Any]  # dotted settings that were `auto`
@@ -71,11 +71,11 @@ class Workshop:
         return self.loaded.tokenizer
 
     @property
-    def train(self) -> Examples:
+    def train(self) -> Any:
         return self.prepared.train
 
     @property
-    def eval(self) -> Examples:
+    def eval(self) -> Any:
         return self.prepared.eval
 
     @property
@@ -84,6 +84,7 @@ class Workshop:
 
     @property
     def style(self) -> Style:
+        assert isinstance(self.prepared, Prepared)
         return Style.from_dict(self.prepared.report.style)
 
     @property
@@ -131,9 +132,7 @@ class Workshop:
 
     def data_digest(self) -> str:
         """Of every token and label, trained on or held out: a resumed run must see the same."""
-        parts = [
-            tensor for side in (self.train, self.eval) for tensor in (side.ids, side.trained, side.offsets)
-        ]
+        parts = [tensor for side in (self.train, self.eval) for tensor in side.parts]
         return digest(*(part.numpy().tobytes() for part in parts))
 
 
@@ -308,11 +307,7 @@ def check_trains(config: RunConfig, adapters: Adapters, method: Method, examples
 
     raises  UserError, DataError: something would learn nothing
     """
-    if config.bias != "none" and not any(name.endswith("bias") for name, _ in adapters.overlaid("default")):
-        raise UserError(
-            f"bias is {config.bias}, and there is no bias to train in this {type(adapters.model).__name__}",
-            hint="--set bias=none",
-        )
+    check_biases(config, adapters)
     if not method.per_token:
         return
     looked = min(len(examples), 1000)
@@ -320,6 +315,17 @@ def check_trains(config: RunConfig, adapters: Adapters, method: Method, examples
         raise DataError(
             f"none of {looked} training examples holds the invocation: the adapter would work on no token",
             hint="put its text into the prompts, as one piece; a tokenizer may join it with what stands beside it",
+        )
+
+
+def check_biases(config: RunConfig, adapters: Adapters) -> None:
+    """
+    raises  UserError if biases are to train and there are none
+    """
+    if config.bias != "none" and not any(name.endswith("bias") for name, _ in adapters.overlaid("default")):
+        raise UserError(
+            f"bias is {config.bias}, and there is no bias to train in this {type(adapters.model).__name__}",
+            hint="--set bias=none",
         )
 
 

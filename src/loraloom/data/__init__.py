@@ -10,6 +10,9 @@ a conversation), `template` (what is written for the model), `tokens` (ids and a
 
 from .display import preview, show
 from .examples import IGNORED, Example, Examples
+from .label_examples import LabelledExample, LabelledExamples
+from .labelled import Labelled, prepare_labels
+from .labels import Labels
 from .pipeline import Prepared, check_sources, prepare
 from .report import DataReport, Issue, Problem, SourceReport, length_histogram
 from .template import Style, resolve_style
@@ -22,6 +25,10 @@ __all__ = [
     "Example",
     "Examples",
     "Issue",
+    "Labelled",
+    "LabelledExample",
+    "LabelledExamples",
+    "Labels",
     "Prepared",
     "Problem",
     "SourceReport",
@@ -31,6 +38,7 @@ __all__ = [
     "end_tokens",
     "length_histogram",
     "prepare",
+    "prepare_labels",
     "preview",
     "render_prompt",
     "resolve_style",

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from ..files import digest, finish_folder, whole_folder, write_bytes, write_text
 from .examples import Examples
+from .label_examples import LabelledExamples
 from .report import DataReport
 
 VERSION = 1  # raise it when the same settings give other tokens, masks or reports
 TENSORS = ("ids", "trained", "offsets", "answers")
+LABELLED = ("ids", "types", "offsets", "labels")
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
@@ -60,6 +62,29 @@ def store(folder: Path, train: Examples, held: Examples, report: DataReport) -> 
     with whole_folder(folder) as partial:
         write_bytes(partial / "tokens.safetensors", data)
         write_text(partial / "facts.json", json.dumps({"digest": digest(facts), "facts": facts}))
+
+
+def store_labelled(folder: Path, examples: LabelledExamples) -> None:
+    """Write labelled examples as one folder, whole or not at all.
+
+    raises  Failure if the disk is full or the folder cannot be written
+    """
+    tensors = {name: getattr(examples, name).contiguous() for name in LABELLED}
+    with whole_folder(folder) as partial:
+        write_bytes(partial / "tokens.safetensors", save(tensors))
+        write_text(partial / "rows.json", json.dumps(examples.rows))
+
+
+def fetch_labelled(folder: Path) -> LabelledExamples | None:
+    """Read what `store_labelled` wrote; None if it is not there, or is damaged."""
+    finish_folder(folder)
+    try:
+        tensors = load((folder / "tokens.safetensors").read_bytes())
+        names = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
+        ids, types, offsets, labels = (tensors[name] for name in LABELLED)
+        return LabelledExamples(ids, types, offsets, labels, names)
+    except (OSError, ValueError, KeyError, SafetensorError):
+        return None
 
 
 def fetch(folder: Path) -> tuple[Examples, Examples, DataReport] | None:

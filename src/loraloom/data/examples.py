@@ -124,6 +124,11 @@ class Examples(Sequence[Example]):
         )
 
     @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """Everything that a run depends on: every token, and which carry loss."""
+        return self.ids, self.trained, self.offsets
+
+    @property
     def lengths(self) -> Tensor:
         """Tokens of each example: (n,) int64."""
         return self.offsets[1:] - self.offsets[:-1]

@@ -21,6 +21,7 @@ EFFECTS = {
     "cut": "cut",
     "duplicate": "dropped",
     "duplicate, kept": "kept",
+    "another label for the same text": "kept",
     "also in the validation set": "dropped",
     "split": "split",
     "turns after the last answer": "left out",
@@ -92,6 +93,16 @@ class DataReport:
         return self.targets / self.tokens if self.tokens else 0.0
 
     @property
+    def summary(self) -> str:
+        """The set in a few words."""
+        return f"{self.train:,} examples, {self.eval:,} held out; {self.target_share:.1%} of tokens trained"
+
+    @property
+    def beside(self) -> dict[str, Any]:
+        """What must stand beside an adapter for its use, by file name."""
+        return {"style.json": self.style}
+
+    @property
     def kept(self) -> int:
         return sum(source.kept for source in self.sources)
 
@@ -111,11 +122,16 @@ class DataReport:
 
     def issues_csv(self) -> str:
         """The text of issues.csv."""
-        text = io.StringIO()
-        table = csv.writer(text, lineterminator="\n")
-        table.writerow(Issue._fields)
-        table.writerows(self.issues)
-        return text.getvalue()
+        return issues_table(self.issues)
+
+
+def issues_table(issues: Iterable[Issue]) -> str:
+    """Issues as CSV."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(Issue._fields)
+    table.writerows(issues)
+    return text.getvalue()
 
 
 def gather(issues: Iterable[Issue]) -> list[Problem]:
