@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from loraloom import text_metrics
 from loraloom.errors import DataError, UserError
-from loraloom.text_metrics import METRICS, check_metrics, metric_rows, parsed, words
+from loraloom.text_metrics import METRICS, check_metrics, check_references, metric_rows, parsed, words
 
 ANSWERS = ["the cat sat on the mat .", "there is a dog in the garden", "rain"]
 REFERENCES = [
@@ -75,6 +75,8 @@ def test_nist_weighs_words_by_their_rarity() -> None:
     beta = math.log(0.5) / math.log(1.5) ** 2
     expected = total * math.exp(beta * math.log(ratio) ** 2)
     assert score("nist", answers, [[ref] for ref in references]) == pytest.approx(expected)
+    assert score("nist", ["yes", "no"], [["yes"], ["no"]]) == pytest.approx(1.0)  # log2(2 / 1) of each
+    assert score("nist", ["", ""], [["yes"], ["no"]]) == 0
 
 
 def test_rouge_l_is_the_longest_common_subsequence() -> None:
@@ -138,7 +140,7 @@ def test_queries_are_compared_as_queries(one: str, other: str, same: bool) -> No
 def test_what_is_no_query_is_wrong_in_an_answer_and_an_error_in_a_reference() -> None:
     assert score("sql", ["I do not know"], [["SELECT 1"]]) == 0
     with pytest.raises(DataError, match="reference 2 is no SQL query"):
-        metric_rows(["sql"], ["SELECT 1"] * 2, ["SELECT 1"] * 2, [["SELECT 1"], ["hello there"]])
+        check_references(["sql"], [["SELECT 1"], ["hello there"]])
 
 
 @settings(max_examples=30, deadline=None)
@@ -173,7 +175,12 @@ def test_unknown_names_and_missing_files_are_said(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(UserError, match="WordNet"):
         check_metrics(["meteor"])
     with pytest.raises(DataError, match="no answers to score"):
-        metric_rows(["bleu"], [], [], [])
+        check_references(["bleu"], [])
+    with pytest.raises(DataError, match="n-grams of 4 words"):
+        check_references(["bleu"], [["a b c"], ["d"]])
+    with pytest.raises(DataError, match="there is one"):
+        check_references(["cider"], [["a b c d"]])
+    check_references(list(METRICS), [["SELECT a FROM t"], ["SELECT b FROM t"]])
     monkeypatch.setitem(text_metrics.METRICS, "bleu", (text_metrics.bleu, "", ("no-such-package",)))
     with pytest.raises(UserError, match="needs no-such-package"):
         check_metrics(["bleu"])

@@ -182,6 +182,8 @@ class Axes:
         if self.wide:
             return (self.small.T @ y_OK).abs().amax(0)
         kept = self.s > TINY * self.s[0]
+        if not kept.any():  # W is zero: nothing of it is like anything
+            return y_OK.new_zeros(y_OK.shape[1])
         inner = sum(part.T @ y for part, y in zip(row_parts(w_OI), row_parts(y_OK, len(w_OI[0]))))
         return (self.small[:, kept].T @ inner / self.s[kept, None]).abs().amax(0)
 

@@ -62,7 +62,7 @@ def benchmark(
     if model is not None and len(targets) > 1:
         raise UserError("--model names the base of one target", hint="leave it out, or name one target")
     with TemporaryDirectory(prefix="loraloom-tasks-") as folder:
-        chosen = choose(names, data_dir, Path(folder), shots, name, offline, progress)
+        chosen = choose(names, data_dir, Path(folder), asked, name, offline, progress)
         offline_now = offline or len(chosen.local) == len(chosen.tasks)
 
         def measured(opened: Opened) -> dict[str, Any]:
@@ -94,21 +94,23 @@ def choose(
     names: str | Sequence[str],
     data_dir: str | Path | None,
     folder: Path,
-    shots: int | None,
+    asked: Options,
     name: str | None,
     offline: bool,
     progress: bool,
 ) -> Chosen:
     """The tasks with their data, before any model is loaded."""
     full = tasks.full_names(names)
-    if name is not None and (Path(name).name != name or name == "held-out"):
+    if name is not None and (Path(name).name != name or name.startswith(".") or name == "held-out"):
         raise UserError(f"a result cannot be named {name!r}", hint="--name takes a plain word")
     if data_dir is None:
         own = [place_of(one) for one in full]
-        return Chosen(harness.load_tasks(own, offline=offline, progress=progress), {}, name or label(full))
-    written = tasks.write_local(full, Path(data_dir), folder, yaml_of=harness.yaml_of, shots=shots)
+        return Chosen(
+            harness.load_tasks(own, offline=offline, progress=progress), {}, name or label(full, asked)
+        )
+    written = tasks.write_local(full, Path(data_dir), folder, yaml_of=harness.yaml_of, shots=asked.shots)
     loaded = harness.load_tasks([task.path for task in written], offline=True, progress=progress)
-    return Chosen(loaded, {task.name: task for task in written}, name or label(full))
+    return Chosen(loaded, {task.name: task for task in written}, name or label(full, asked))
 
 
 def place_of(name: str) -> str | Path:
@@ -118,14 +120,18 @@ def place_of(name: str) -> str | Path:
     return Path(name) if name.endswith((".yaml", ".yml")) else name
 
 
-def label(full: Sequence[str]) -> str:
-    """A file's name for a set of tasks."""
+def label(full: Sequence[str], asked: Options) -> str:
+    """A file's name for a set of tasks, and for how they are asked: a quick trial does not replace the whole."""
+    how = [f"limit{asked.limit}"] * (asked.limit is not None)
+    how += [f"{asked.shots}shots"] * (asked.shots is not None) + ["chat"] * asked.chat
     full = [Path(name).stem if name.endswith((".yaml", ".yml")) else name for name in full]
-    if set(full) == set(tasks.SHORT.values()):
-        return tasks.ARTICLE
     short = {whole: part for part, whole in tasks.SHORT.items()}
     joined = "+".join(short.get(name, name) for name in full)
-    return joined if len(joined) <= 60 else f"{short.get(full[0], full[0])}+{len(full) - 1}-more"
+    if set(full) == set(tasks.SHORT.values()):
+        joined = tasks.ARTICLE
+    elif len(joined) > 60:
+        joined = f"{short.get(full[0], full[0])}+{len(full) - 1}-more"
+    return "-".join([joined, *how])
 
 
 def beside(

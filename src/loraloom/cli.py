@@ -321,7 +321,9 @@ def merge(run: str, out: str, as_json: bool, **options: Any) -> Any:
 @click.argument("targets", nargs=-1, metavar="RUN...")
 @model_option
 @click.option("--data", help="A file of examples, instead of the run's held-out ones.")
-@click.option("--answers", type=int, help="Examples to answer for exact match; 200 by default.")
+@click.option(
+    "--answers", type=click.IntRange(min=0), help="Examples to answer for exact match; 200 by default."
+)
 @click.option("--max-new-tokens", type=int, help="Length of an answer.")
 @click.option(
     "--metrics", help="More of the answers, with commas: bleu, nist, rouge_l, cider, meteor, sql (queries)."

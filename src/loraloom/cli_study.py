@@ -205,12 +205,11 @@ def latency(
     import shlex
     import sys
 
-    import torch
-
     from . import latency as timing
     from .files import write_json
+    from .model import pick_device
 
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = pick_device(device or "auto")
     sizes = cases or (("32x512", "16x256", "1x128") if place.type == "cuda" else ("1x128",))
     record = timing.measure(
         [timing.case_of(text) for text in sizes],

@@ -23,7 +23,11 @@ def run(targets: Sequence[str], options: dict[str, Any], console: Console, *, as
     names = options.pop("tasks")
     held_out, benchmark = ({key: options.pop(key) for key in keys} for keys in (HELD_OUT, BENCHMARK))
     others = held_out if names is not None else benchmark
-    given = [f"--{key.replace('_', '-')}" for key, value in others.items() if value not in (None, False)]
+    given = [
+        f"--{key.replace('_', '-')}"
+        for key, value in others.items()
+        if value is not None and value is not False
+    ]
     if given:
         which = "without" if names is not None else "with"
         raise UserError(f"{given[0]} goes {which} --tasks", hint="loraloom eval --help")
@@ -48,6 +52,8 @@ def of_held_out(targets: Sequence[str], options: dict[str, Any], console: Consol
         )
     count = options.pop("answers")
     options["num_answers"] = 200 if count is None else count
+    if options["metrics"] and not options["num_answers"]:
+        raise UserError("--metrics scores answers, and --answers 0 asks for none", hint="leave --answers out")
     options["metrics"] = [name.strip() for name in (options["metrics"] or "").split(",") if name.strip()]
     result = use.evaluate(targets[0], progress=not as_json, **options)
     write_page(targets)

@@ -28,7 +28,7 @@ from .errors import DataError
 from .generate import Answer, context_length, generate
 from .heldout import Loss, held_out
 from .noise import BETTER, WORSE, influences, share_stderr, share_verdict, spread, verdict
-from .text_metrics import check_metrics, metric_rows
+from .text_metrics import check_metrics, check_references, metric_rows
 from .wording import number, percent, plural, signed
 
 SHOWN = 20  # examples kept with their answers
@@ -95,6 +95,8 @@ def evaluate_run(
     adapters.eval()
     packages = check_metrics(metrics)
     tasks = choose_tasks(tokenizer, examples, num_answers, context_length(model), once=bool(metrics))
+    if metrics:
+        check_references(metrics, references_of(tasks))
     longest = max((len(task.answer) for task in tasks), default=0)
     new_tokens = max_new_tokens or min(LONGEST, longest + 8)  # what runs on beyond its reference cannot match
     for_loss = {"pad_id": pad_id, "micro_tokens": micro_tokens, "packing": packing}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from .dressing import holding, tokens_of
 from .environment import version
-from .errors import Failure, OutOfMemory, UserError, did_you_mean
+from .errors import Failure, NonFinite, OutOfMemory, UserError, did_you_mean
 from .nll import evaluating
 
 try:
@@ -104,7 +105,14 @@ class Live(HFLM):
                 for text, context, answer in requests
             ]
         run = super()._loglikelihood_tokens
-        return self.patiently(lambda: run(requests, disable_tqdm=disable_tqdm, override_bs=override_bs))
+        found = self.patiently(lambda: run(requests, disable_tqdm=disable_tqdm, override_bs=override_bs))
+        broken = sum(math.isnan(value) for value, _ in found)
+        if broken:  # the first choice would be taken for the likeliest
+            raise NonFinite(
+                f"{broken} of {len(found)} log-likelihoods are no numbers: the model does not compute",
+                hint="evaluate an earlier checkpoint, or --dtype float32 if the model overflows in 16 bits",
+            )
+        return found
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         given, rows = self.batch_size_per_gpu, ANSWER_ROWS
@@ -307,11 +315,13 @@ def measure(
 def quietly(*, shown: bool) -> Iterator[None]:
     """lm-eval's bars on stderr if that is a terminal, and nothing else of what it says."""
     logger = logging.getLogger("lm_eval")
-    level = logger.level
+    level, asked = logger.level, lm_eval.evaluator.get_git_commit_hash
     stderr = sys.stderr if shown and sys.stderr.isatty() else io.StringIO()
     logger.setLevel(logging.CRITICAL)
     try:
+        lm_eval.evaluator.get_git_commit_hash = lambda: None  # of whatever folder one stands in
         with redirect_stdout(io.StringIO()), redirect_stderr(stderr):
             yield
     finally:
+        lm_eval.evaluator.get_git_commit_hash = asked
         logger.setLevel(level)

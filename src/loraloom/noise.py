@@ -41,7 +41,7 @@ def share_stderr(share: float, count: int) -> float | None:
 
 def verdict(change: float, stderr: float | None, *, lower_is_better: bool) -> str:
     """better, worse or within noise: by whether the change is beyond 1.96 standard errors."""
-    if stderr is None or abs(change) <= Z * stderr:
+    if stderr is None or not abs(change) > Z * stderr:  # nor is what is no number a change
         return WITHIN
     return BETTER if (change < 0) == lower_is_better else WORSE
 

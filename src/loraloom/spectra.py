@@ -37,6 +37,7 @@ from .analysis import (
 )
 from .bank import Bank
 from .bare import bare_layers, read_as_peft, tree
+from .classifier import head_names
 from .deltas import (
     directions,
     has_update,
@@ -50,13 +51,12 @@ from .disk_names import tied_names
 from .errors import UserError
 from .incoming import Incoming
 from .layers import BlockLayer, kind_of, view
-from .merge import Recipe, lent
+from .merge import Recipe, lent, made_of
 from .methods.base import Site
-from .model import CLASSES, check_folder, check_report, read_weights
+from .model import CLASSES, check_folder, check_report, load_tokenizer, read_weights
 from .on_load import Arrival
 from .quant import Weight4
 from .shards import give_back_memory
-from .skeleton import meta_model, read_shape
 from .targets import layer_number
 
 FIRST, SECOND = "adapter", "other"
@@ -216,7 +216,9 @@ class Walk:
         if not found.norm:
             return None
         if w_OI is not None:
-            about |= self.against(w_OI, update, found, r, key) | {"ratio": found.norm / about["norm_W"]}
+            about |= self.against(w_OI, update, found, r, key) | {
+                "ratio": found.norm / about["norm_W"] if about["norm_W"] else None
+            }
         return found
 
     def against(self, w_OI: Tensor, update: Update, found: Spectrum, r: int, key: str) -> dict[str, Any]:
@@ -328,16 +330,18 @@ def walk_base(recipe: Recipe, other: Path | None, wanted: Wanted, *, progress: b
     raises  UserError if an adapter does not fit the base, or changes no weight
     """
     check_folder(recipe.folder, allow_pickle=recipe.allow_pickle)
-    model = meta_model(read_shape(recipe.folder), dtype=recipe.read, attention="eager")
+    tokenizer = load_tokenizer(recipe.folder) if recipe.labels else None  # a causal model is made without
+    model, task, more = made_of(recipe, tokenizer)
     adapters = Adapters(model, device="cpu")
     held = [(name, one) for name, one in ((FIRST, recipe.adapter), (SECOND, other)) if one is not None]
     for name, folder in held:
         load_adapter(adapters, folder, name, allow_pickle=recipe.allow_pickle, finite=False)
     refuse_unchanging(adapters, recipe.adapter)
     walk = Walk(adapters, wanted, recipe, folders=dict(held))
-    given = {"dtype": recipe.read, "attn_implementation": "eager"}
-    model, report = read_weights(recipe.folder, CLASSES["causal"], walk, given, progress=progress)
-    walk.notes += check_report(recipe.folder, report, (), walk.misfits)
+    given = {"dtype": recipe.read, "attn_implementation": "eager"} | more
+    model, report = read_weights(recipe.folder, CLASSES[task], walk, given, progress=progress)
+    heads = [f"{name}." for name in head_names(model)] if recipe.labels else []
+    walk.notes += check_report(recipe.folder, report, heads, walk.misfits)
     return walk.in_order()
 
 

@@ -99,6 +99,8 @@ def write_local(
 def write_task(name: str, data_dir: Path, folder: Path, installed: Path, shots: int | None) -> LocalTask:
     source = SOURCES[name]
     text = lines(source.read(data_dir))
+    if not text:
+        raise DataError(f"{source.about(data_dir)} holds no items")
     write_text(folder / f"{name}.jsonl", text)
     files = {source.split: str(folder / f"{name}.jsonl")}
     task: dict[str, Any] = {"include": str(installed), "task": name + LOCAL, "tag": None}
@@ -161,7 +163,7 @@ def truthfulqa(path: Path) -> Iterator[Doc]:
         if missing := [name for name in columns if name not in (reader.fieldnames or ())]:
             raise DataError(f"{path} has no column {missing[0]!r}", details=[f"it has: {reader.fieldnames}"])
         for number, row in enumerate(reader, 2):
-            question, best = (row[name].strip() for name in columns[:2])
+            question, best = ((row[name] or "").strip() for name in columns[:2])
             right, wrong = (parted(row[name] or "") for name in columns[2:])
             if not (question and best and right and wrong):
                 raise DataError(

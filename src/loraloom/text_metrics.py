@@ -16,6 +16,7 @@ source  tests/test_text_metrics.py: definitions written out; Koehn 2004 (bootstr
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.metadata import version
@@ -44,11 +45,9 @@ def bleu(answers: Texts, references: References) -> float:
 def nist(answers: Texts, references: References) -> float:
     from nltk.translate.nist_score import corpus_nist
 
-    split = [list(map(words, refs)) for refs in references]
-    try:
-        return float(corpus_nist(split, [words(answer) for answer in answers], n=5))
-    except ZeroDivisionError:  # answers of fewer words than an n-gram has, all of them
-        return 0.0
+    split, made = [list(map(words, refs)) for refs in references], [words(answer) for answer in answers]
+    longest = max(map(len, made))  # longer n-grams than that bring nothing, and are no number to nltk
+    return float(corpus_nist(split, made, n=min(5, longest))) if longest else 0.0
 
 
 def rouge_l(answers: Texts, references: References) -> float:
@@ -95,14 +94,7 @@ METRICS: dict[str, tuple[Score, str, tuple[str, ...]]] = {
 def metric_rows(
     names: Sequence[str], base: Texts, tuned: Texts, references: References
 ) -> list[dict[str, Any]]:
-    """A row for each metric: both models' score with its error, the change, and what to make of it.
-
-    raises  DataError if there is nothing to score, or a reference is no SQL
-    """
-    if not references:
-        raise DataError("no example has a prompt to answer, so there are no answers to score")
-    if "sql" in names:
-        check_queries(references)
+    """A row for each metric: both models' score with its error, the change, and what to make of it."""
     return [metric_row(name, base, tuned, references) for name in names]
 
 
@@ -164,14 +156,23 @@ def check_wordnet() -> None:
         ) from None
 
 
-def check_queries(references: References) -> None:
-    """raises  DataError if a reference is no SQL query"""
-    for i, refs in enumerate(references):
+def check_references(names: Sequence[str], references: References) -> None:
+    """Whether metrics can say anything of these examples, before any is answered.
+
+    raises  DataError if not
+    """
+    if names and not references:
+        raise DataError("no example has a prompt to answer, so there are no answers to score")
+    if "bleu" in names and max(len(words(ref)) for refs in references for ref in refs) < 4:
+        raise DataError("bleu counts n-grams of 4 words, and no reference has so many", hint="rouge_l")
+    if "cider" in names and len(references) < 2:
+        raise DataError("cider weighs words by how rare they are among the examples, and there is one")
+    for i, refs in enumerate(references if "sql" in names else ()):
         for reference in refs:
             if parsed(reference) is None:
                 raise DataError(
                     f"reference {i + 1} is no SQL query that sqlglot reads: {reference[:80]}",
-                    hint="sql compares queries; leave it out for other text",
+                    hint="sql compares queries; exact match compares other text, WikiSQL's readable form too",
                 )
 
 
@@ -179,6 +180,8 @@ def check_queries(references: References) -> None:
 def parsed(text: str) -> str | None:
     """A query in one way of writing; None if it is none."""
     import sqlglot
+
+    logging.getLogger("sqlglot").setLevel(logging.CRITICAL)  # it warns of answers that are no queries
     from sqlglot.errors import SqlglotError
     from sqlglot.optimizer.normalize_identifiers import normalize_identifiers
 
