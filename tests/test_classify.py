@@ -29,6 +29,7 @@ from loraloom.config import resolve
 from loraloom.data import LabelledExample, Labels
 from loraloom.errors import NonFinite, UserError
 from loraloom.evaluate_labels import constant
+from loraloom.inspection import inspect
 from loraloom.padded import pad_rows
 from loraloom.skeleton import CLASSIFIER, meta_model
 from loraloom.step import train_step
@@ -283,6 +284,12 @@ def test_a_rule_is_learnt_and_checked(finished: Any) -> None:
     assert finished.read("data/manifest.json", {})["labels"] == ["bad", "good"]
     best = max(r["accuracy"] for r in finished.metrics("eval"))
     assert finished.state["best"]["accuracy"] == best
+
+
+def test_inspect_reads_a_classifier(finished: Any) -> None:
+    found = inspect(finished.path, offline=True)
+    names = {layer["name"] for layer in found["layers"]}
+    assert any(name.endswith("query") for name in names), found
 
 
 def test_peft_gives_the_same_logits_and_gradients(each: Path, data: Path, tmp_path: Path) -> None:

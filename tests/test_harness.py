@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -30,7 +31,7 @@ from loraloom.benchmark import benchmark
 from loraloom.cli import run as cli
 from loraloom.config import ModelConfig
 from loraloom.dressing import tokens_of
-from loraloom.errors import DataError, Failure, OutOfMemory, UserError
+from loraloom.errors import DataError, Failure, NonFinite, OutOfMemory, UserError
 from loraloom.harness import Live, Options, dress_rows
 from loraloom.model import load_model
 from loraloom.rundir import Run
@@ -127,7 +128,7 @@ def test_scores_equal_hf_on_the_merged_folder(
     result = benchmark([str(tuned.path)], "article2", data_dir=files, limit=4)
     fold.merge(str(tuned.path), str(tmp_path / "merged"), dtype="float32")
     theirs = by_hf(tmp_path / "merged", files, tmp_path / "tasks", 4, list(SHORT.values()))
-    folder = tuned.path / "eval" / "article2"
+    folder = tuned.path / "eval" / "article2-limit4"
     ours = kept_answers(folder / "tuned" / "items.jsonl")
     assert_close(ours, answers(theirs), 1e-4)
     assert {row["metric"]: row["tuned"]["value"] for row in result["rows"]} == pytest.approx(
@@ -552,7 +553,7 @@ def test_the_command(dense: Run, base_folder: Path, files: Path, capsys: pytest.
     assert result["settings"]["chat_template"]
     assert [row["task"] for row in result["rows"]] == ["blimp_causative_local", "arithmetic_2ds_local"]
     page = (run.path / "report.html").read_text()
-    assert "Base beside tuned: causative+2ds" in page
+    assert "Base beside tuned: causative+2ds-limit4-chat" in page
     assert "blimp_causative_local, acc" in page
     assert "blimp_causative.jsonl" in page
     assert cli(["eval", target, *given]) == 0
@@ -562,14 +563,14 @@ def test_the_command(dense: Run, base_folder: Path, files: Path, capsys: pytest.
     assert "the first 4 items of each task" in shown.out
     assert shown.err == ""
     plainly = json.loads(
-        (run.path / "eval" / "causative+2ds" / "base" / "items.jsonl").read_text().splitlines()[0]
+        (run.path / "eval" / "causative+2ds-limit4" / "base" / "items.jsonl").read_text().splitlines()[0]
     )
     assert plainly["answers"]
     assert cli(["eval", str(base_folder), target, *given, "--json"]) == 0
     table = json.loads(capsys.readouterr().out)
     assert [model["target"] for model in table["models"]] == [str(base_folder), target]
     for row, before in zip(
-        table["rows"], json.loads((run.path / "eval" / "causative+2ds.json").read_text())["rows"]
+        table["rows"], json.loads((run.path / "eval" / "causative+2ds-limit4.json").read_text())["rows"]
     ):
         assert [one["value"] for one in row["cells"]] == [before[side]["value"] for side in ("base", "tuned")]
     assert cli(["eval", str(base_folder), target, *given]) == 0
@@ -632,6 +633,24 @@ def test_tasks_that_let_a_model_write(plain: Any, tmp_path: Path, no_sockets: No
         benchmark([plain.target], str(tmp_path / "other.yaml"), offline=True)
     with pytest.raises(UserError, match="cannot be named"):
         benchmark([plain.target], "2ds", name="a/b")
+
+
+def test_a_model_that_does_not_compute_has_no_score(plain: Any, files: Path, tmp_path: Path) -> None:
+    """The first choice of NaNs would be the likeliest, and it is often the right one."""
+    local = write_local(["blimp_causative"], files, tmp_path, yaml_of=harness.yaml_of, shots=None)
+    loaded = harness.load_tasks([task.path for task in local], offline=True, progress=False)
+    weight = plain.model.get_output_embeddings().weight
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight.fill_(math.nan)
+    try:
+        with pytest.raises(NonFinite, match="log-likelihoods are no numbers"):
+            harness.measure(
+                plain.model, plain.tokenizer, loaded, Options(limit=2), offline=True, progress=False
+            )
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
 
 
 def test_a_chat_template_must_be_there(plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -314,14 +314,16 @@ def measure(
 @contextmanager
 def quietly(*, shown: bool) -> Iterator[None]:
     """lm-eval's bars on stderr if that is a terminal, and nothing else of what it says."""
+    from lm_eval import evaluator
+
     logger = logging.getLogger("lm_eval")
-    level, asked = logger.level, lm_eval.evaluator.get_git_commit_hash
+    level, asked = logger.level, evaluator.get_git_commit_hash
     stderr = sys.stderr if shown and sys.stderr.isatty() else io.StringIO()
     logger.setLevel(logging.CRITICAL)
     try:
-        lm_eval.evaluator.get_git_commit_hash = lambda: None  # of whatever folder one stands in
+        evaluator.get_git_commit_hash = lambda: None  # of whatever folder one stands in
         with redirect_stdout(io.StringIO()), redirect_stderr(stderr):
             yield
     finally:
-        lm_eval.evaluator.get_git_commit_hash = asked
+        evaluator.get_git_commit_hash = asked
         logger.setLevel(level)

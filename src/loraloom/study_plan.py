@@ -58,6 +58,11 @@ def plan_study(study: Study, *, memory: bool = True, offline: bool = False) -> l
     rows = rows_of(study) if memory else None
     for setting in study.settings:
         config = study.config(setting)
+        if config.task != "causal":
+            raise UserError(
+                f"{setting.name}: studies compare models of text; task={config.task} is not among them yet",
+                hint="train the settings one by one and compare them: loraloom report RUN RUN",
+            )
         model = shapes_of(study, config, models, offline=offline)
         plans.append(predict(setting, config, model, rows, memory=memory))
     check_expected(study, {one.name: one.trainable for one in plans})
