@@ -36,13 +36,12 @@ from .methods.base import Method
 from .metrics import CLASS_METRICS, NUMBER_METRICS, of_classes, of_numbers
 from .model import Loaded, check_folder, load_tokenizer
 from .optim import make_optimizer
-from .packing import StepPlan
 from .padded import Padded, pad_rows
 from .recompute import Choice
 from .rundir import Run
 from .step import accumulate
 from .task import Listen, Task
-from .workshop import DEFAULT_BATCH, Fit, Workshop, check_biases, decide, spec_of
+from .workshop import Fit, Workshop, check_biases, decide, plan_of, spec_of
 
 NOT_HERE: Mapping[str, tuple[Callable[[Any], bool], str]] = {  # when a setting is wrong, and why
     "train.fast": (lambda on: on is True, "fused layers are those of causal models"),
@@ -91,14 +90,7 @@ def build(
     adapters = Adapters(loaded.model)
     adapter = adapters.add("default", spec_of(config), blank=not fresh)
     check_biases(config, adapters)
-    plan = StepPlan(
-        prepared.train.lengths,
-        epochs=config.train.epochs,
-        max_steps=config.train.max_steps,
-        batch_size=config.train.batch_size or (None if config.train.batch_tokens else DEFAULT_BATCH),
-        batch_tokens=config.train.batch_tokens,
-        seed=config.train.seed,
-    )
+    plan = plan_of(config, prepared.train.lengths)
     adapter.method.check_steps(len(plan))
     decided |= decide(config, adapter.method, len(plan), loaded)
     decided |= {"train.recompute": "none"} if config.train.recompute == "auto" else {}

@@ -25,13 +25,12 @@ from .memory import Predictor, dtype_of, stored
 from .model import load_tokenizer, quantisation, refuse_quantised
 from .model_files import find_weights, read_config
 from .optim8 import state_bytes
-from .packing import StepPlan
 from .recompute import Choice
 from .shapes import published
 from .skeleton import num_layers, read_shape, text_config
 from .small_model import NAME, cache_folder
 from .workload import Measured, Workload, assumed
-from .workshop import DEFAULT_BATCH, GPU_TOKENS, UNLIMITED, method_defaults
+from .workshop import GPU_TOKENS, UNLIMITED, method_defaults, plan_of
 
 NO_DATA = "none"
 PAPER = {"full": 1.2e12, "lora": 350e9, "source": "LoRA paper, arXiv:2106.09685, section 4.2, for GPT-3 175B"}
@@ -263,15 +262,7 @@ def workload(
         cache=cache_folder() / "data",
         progress=progress,
     )
-    train = config.train
-    steps = StepPlan(
-        prepared.train.lengths,
-        epochs=train.epochs,
-        max_steps=train.max_steps,
-        batch_size=train.batch_size or (None if train.batch_tokens else DEFAULT_BATCH),
-        batch_tokens=train.batch_tokens,
-        seed=train.seed,
-    )
+    steps = plan_of(config, prepared.train.lengths)
     report = prepared.report
     counts = {
         "examples": report.train,

@@ -24,7 +24,7 @@ from random import Random
 from statistics import stdev
 from typing import Any
 
-from .errors import DataError, UserError
+from .errors import DataError, UserError, did_you_mean
 from .noise import verdict
 
 DRAWS = 100  # of the bootstrap: its error of the error is 7 %
@@ -126,8 +126,6 @@ def check_metrics(names: Sequence[str]) -> dict[str, str]:
 
     raises  UserError for a name that is none, or a package that is missing
     """
-    from .errors import did_you_mean
-
     found: dict[str, str] = {}
     for name in names:
         if name not in METRICS:

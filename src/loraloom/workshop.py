@@ -172,14 +172,7 @@ def build(
     adapters = Adapters(loaded.model)
     adapter = adapters.add("default", spec_of(config), blank=not fresh)  # a checkpoint will fill it
     check_trains(config, adapters, adapter.method, prepared.train)
-    plan = StepPlan(
-        prepared.train.lengths,
-        epochs=config.train.epochs,
-        max_steps=config.train.max_steps,
-        batch_size=config.train.batch_size or (None if config.train.batch_tokens else DEFAULT_BATCH),
-        batch_tokens=config.train.batch_tokens,
-        seed=config.train.seed,
-    )
+    plan = plan_of(config, prepared.train.lengths)
     adapter.method.check_steps(len(plan))
     decided = written | decide(config, adapter.method, len(plan), loaded)
     recompute = choose_recompute(with_values(config, decided), loaded, prepared.train, plan, fit)
@@ -209,6 +202,19 @@ def in_words(loaded: Loaded, layers: Sequence[str], recompute: Choice, graphs: s
         "recompute": f"{recompute.tier}: {recompute.reason}",
         "graphs": graphs,
     }
+
+
+def plan_of(config: RunConfig, lengths: torch.Tensor) -> StepPlan:
+    """Which examples each step of a run takes, as its settings say."""
+    train = config.train
+    return StepPlan(
+        lengths,
+        epochs=train.epochs,
+        max_steps=train.max_steps,
+        batch_size=train.batch_size or (None if train.batch_tokens else DEFAULT_BATCH),
+        batch_tokens=train.batch_tokens,
+        seed=train.seed,
+    )
 
 
 def choose_graphs(

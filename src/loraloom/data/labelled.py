@@ -29,7 +29,7 @@ from .problems import Problems, first, rows
 from .read import locate
 from .report import Issue, SourceReport, gather, statistics
 from .select import check_lost, choose_max_length, longer, set_aside, without_leaks
-from .sources import Place, is_hub, sources_of
+from .sources import Place, is_hub, sources_of, tables_of
 
 
 @dataclass
@@ -137,16 +137,8 @@ def read_all(places: Sequence[Place], config: DataConfig) -> list[Read]:
 
     raises  DataError with the rows that have no text or no label
     """
-    left, problems, found = config.limit, Problems(), []
-    for place in places:
-        count = left if place.use == "train" else None
-        if count == 0:
-            continue
-        table = place.read(config, count)
-        if left is not None and place.use == "train":
-            left -= len(table.rows)
-        if not table.rows:
-            raise DataError(f"{place.source.path} has no rows", hint="name a file with rows")
+    problems, found = Problems(), []
+    for place, table in tables_of(places, config):
         columns = find_columns(table, config.map)
         used = columns.to_dict().values()
         read = Read(place, columns, [name for name in table.columns if name not in used], len(table.rows))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,14 +91,12 @@ def fingerprint(place: Place, config: DataConfig) -> str:
     return digest(*(f"{row.where} {row.fields}" for row in table.rows))
 
 
-def read_all(places: Sequence[Place], config: DataConfig) -> list[ReadSource]:
-    """Every source's rows as conversations; `limit` counts the training rows of all together.
+def tables_of(places: Sequence[Place], config: DataConfig) -> Iterator[tuple[Place, Table]]:
+    """Every source's rows as they stand; `limit` counts the training rows of all together.
 
-    raises  DataError with all the rows that must be put right
+    raises  DataError if a source has none
     """
     left = config.limit
-    problems = Problems()
-    found = []
     for place in places:
         limit = left if place.use == "train" else None
         if limit == 0:
@@ -108,6 +106,17 @@ def read_all(places: Sequence[Place], config: DataConfig) -> list[ReadSource]:
             left -= len(table.rows)
         if not table.rows:
             raise DataError(f"{place.source.path} has no rows", hint="name a file with rows")
+        yield place, table
+
+
+def read_all(places: Sequence[Place], config: DataConfig) -> list[ReadSource]:
+    """Every source's rows as conversations; `limit` counts the training rows of all together.
+
+    raises  DataError with all the rows that must be put right
+    """
+    problems = Problems()
+    found = []
+    for place, table in tables_of(places, config):
         shape = detect(table, config.format, config.map)
         items = conversations(table, shape, problems)
         found.append(ReadSource(place.source, place.use, table.columns, shape, items))
