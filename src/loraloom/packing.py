@@ -70,6 +70,14 @@ class Documents:
         return self.each(lambda tensor: tensor.to(device, non_blocking=True))
 
 
+def bounds_of(starts: Tensor, tokens: int) -> Tensor:
+    """(2, T) int32: the first token of each token's document, and the first one behind it."""
+    sizes = starts.diff()
+    return torch.stack(
+        [side.repeat_interleave(sizes, output_size=tokens) for side in (starts[:-1], starts[1:])]
+    )
+
+
 def documents_of(shape: Sequence[int], spans: Sequence[tuple[int, int, int]], packed: bool) -> Documents:
     """The documents of a batch (B, T); what is left of a packed row is one more, a padded row is one as a whole."""
     rows, length = shape
