@@ -35,14 +35,12 @@ TOKENS = 16384
 HEADS = {"7B": (32, 32, 128), "8B": (32, 8, 128), "1B": (32, 8, 64)}
 LENGTHS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
 KINDS = ("varlen", "dense", "short")
-TILES = [
-    {"BM": BM, "BN": BN, "num_warps": warps, "num_stages": stages}
-    for BM, BN, warps, stages in (
-        *((128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3), (128, 64, 4, 2), (128, 128, 8, 2)),
-        *((64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (64, 128, 8, 2), (64, 128, 4, 2)),
-        *((32, 64, 4, 3), (32, 128, 8, 3)),
-    )
-]
+WALKS = ((64, 32, 4, 3), (64, 32, 4, 2), (64, 32, 4, 4), (64, 16, 4, 4), (32, 32, 4, 3), (32, 32, 2, 3))
+WALKS += ((64, 32, 8, 3), (128, 32, 8, 4), (64, 64, 4, 2))
+KEYS = ((32, 64, 4, 3), (32, 64, 4, 2), (32, 64, 4, 4), (16, 64, 4, 4), (32, 32, 4, 3), (32, 32, 2, 3))
+KEYS += ((32, 128, 8, 2), (16, 128, 8, 3), (64, 64, 4, 3), (32, 64, 8, 3))
+NAMES = ("BM", "BN", "num_warps", "num_stages")
+TILES = {"FORWARD": WALKS, "QUERIES": WALKS, "KEYS": KEYS}
 
 
 def alpaca(tokens: int) -> list[int]:
@@ -128,8 +126,12 @@ def rows() -> list[dict[str, Any]]:
 
 def tiles(part: str | None) -> None:
     """Milliseconds of each of the three kernels with other tiles, one changed at a time."""
-    kernels = ("FORWARD", "QUERIES", "KEYS")
-    every = [(name, kernel, tile) for name in ("7B", "1B") for kernel in kernels for tile in TILES]
+    every = [
+        (name, kernel, dict(zip(NAMES, tile)))
+        for name in ("7B", "1B")
+        for kernel, tiles in TILES.items()
+        for tile in tiles
+    ]
     if part is not None:
         index, count = map(int, part.split("/"))
         every = every[index::count]

@@ -80,10 +80,10 @@ def step(model: Any, adapters: Adapters, optimizer: Any, made: list[Batch]) -> N
 
 def tensors(made: list[Batch]) -> list[torch.Tensor]:
     """A batch's own, which are copied to a GPU and used as they are on a CPU."""
-    held = [
-        (one.ids, one.labels, one.token, one.position, one.target_at, one.documents.starts) for one in made
-    ]
-    return [tensor for each in held for tensor in each if tensor is not None]
+    held: list[torch.Tensor] = []
+    for one in made:
+        one.each(lambda tensor: held.append(tensor) or tensor)
+    return held
 
 
 def live_curve(trace: Any) -> list[int]:

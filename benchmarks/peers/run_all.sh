@@ -62,10 +62,10 @@ for list in "$@"; do
   r256)
     run 150 loraloom_bench.py --model $M --rank 256 --targets all $Off --variants "${VARIANTS:-none;nf4}"
     run 130 torchtune_bench.py --model $M --rank 256 --targets all --quant none $Off --compile on ;;
-  s512|s4096) # the same 8192 tokens as shorter or longer sequences
-    s="--batch 16 --seq 512"; [ $list = s4096 ] && s="--batch 2 --seq 4096"
-    run 150 loraloom_bench.py $w $s --checkpoint off $S --variants "${VARIANTS:-none;nf4}"
-    run 130 torchtune_bench.py $w --quant none $s --checkpoint off $S --compile on ;;
+  lengths) # the same 8192 tokens as shorter and as longer sequences
+    s="--batch 16,2 --seq 512,4096 --checkpoint off,off $S"
+    run 200 loraloom_bench.py $w $s --variants "${VARIANTS:-none;nf4}"
+    run 160 torchtune_bench.py $w --quant none $s --compile on ;;
   stock) # PEFT, Liger and LitGPT beside us, bf16
     run 110 peft_hf.py $w --quant none $OnOff
     run 110 peft_liger.py $w --quant none $OnOff

@@ -3,7 +3,8 @@
     out_THD = attend(q_THD, k_TGD, v_TGD, documents)
 
 On a GPU in 16 bits documents of one length are rows of a dense batch where cuDNN's kernel gains more than its call
-costs (Hopper), in a mixed batch each long document is one by itself, and FlashAttention serves the rest in one call.
+costs (Hopper), in a mixed batch each long document is one by itself, and one call serves the rest: the kernels for
+short documents, or FlashAttention, whichever is faster.
 Everywhere else each document is attended to by itself, which is the definition.
 
 A model of transformers in attention "loraloom" gets the documents as its `attention_mask`, a `DocumentMask`: its
@@ -28,7 +29,8 @@ from torch import Tensor, nn
 
 from .kernels import attention as kernels
 from .kernels.attention import HALF as HALF
-from .kernels.attention_plan import Piece, pieces
+from .kernels.attention_plan import LONG, Piece, pieces
+from .kernels.attention_short import short, takes_short
 from .packing import Documents
 
 NAME = "loraloom"  # of this attention, to transformers
@@ -46,7 +48,7 @@ def attend(
 ) -> Tensor:
     """Causal attention within each document, (T, H, D), differentiable.
 
-    documents  may be empty; where their lengths are not known, only FlashAttention and a CPU can serve them
+    documents  may be empty; where their lengths are not known, only these two kernels and a CPU can serve them
     scale      of q . k; None: 1 / sqrt(D)
     window     keys that a query sees, itself among them; None: all
 
@@ -64,8 +66,10 @@ def attend(
             lengths = tuple(documents.starts.diff().tolist())
         return kernels.one_by_one(q_THD, k_TGD, v_TGD, lengths, scale, window)
     if not documents.known:
+        if takes_short(q_THD) and documents.longest < LONG:
+            return short(q_THD, k_TGD, v_TGD, documents.bounds_of(len(q_THD)), scale, window)
         return kernels.varlen(q_THD, k_TGD, v_TGD, documents.starts, documents.longest, scale, window)
-    plan = pieces(lengths, heads, width, window, has_fast_dense(q_THD.device))
+    plan = pieces(lengths, heads, width, window, has_fast_dense(q_THD.device), takes_short(q_THD))
     return run(plan, q_THD, k_TGD, v_TGD, documents, scale, window)
 
 
@@ -111,9 +115,14 @@ def run_piece(
     window: int | None,
 ) -> Tensor:
     first, behind = piece.documents
-    if piece.kind == "varlen":
+    if piece.kind != "dense":
         if not kernels.takes_flash(q_THD):
             return kernels.one_by_one(q_THD, k_TGD, v_TGD, documents.lengths[first:behind], scale, window)
+        if piece.kind == "short":
+            bounds = documents.bounds_of(sum(documents.lengths))
+            if piece.count < len(documents.lengths):
+                bounds = bounds[:, slice(*piece.tokens)] - piece.tokens[0]
+            return short(q_THD, k_TGD, v_TGD, bounds, scale, window)
         starts = documents.starts
         if piece.count < len(documents.lengths):
             starts = starts[first : behind + 1] - piece.tokens[0]

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import pad
 
-from .packing import IGNORED, Batch, Documents
+from .packing import IGNORED, Batch, Documents, bounds_of
 
 SHORT = 2048  # tokens of a pass that is padded by a quarter at most; longer ones by a 16th
 LEAST = 64
@@ -110,4 +110,5 @@ def with_added(batch: Batch, shape: Shape, more: list[int]) -> Documents:
     filling = own.starts.new_tensor(more).cumsum(0, dtype=torch.int32) + batch.ids.numel()
     empty = own.starts.new_full((shape.documents - len(own.lengths) - len(more),), shape.tokens)
     starts = torch.cat([own.starts, filling, empty])
-    return Documents(starts, (shape.longest,) * shape.documents, known=False)
+    bounds = bounds_of(starts, shape.tokens)
+    return Documents(starts, (shape.longest,) * shape.documents, known=False, bounds=bounds)

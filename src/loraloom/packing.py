@@ -48,11 +48,13 @@ class Documents:
     known  False: `lengths` are upper bounds, `starts` alone tells, so that a pass can be replayed for others
 
     shapes  starts (D + 1,) int32: each document's first token, and the number of tokens behind them
+            bounds (2, T) int32: the first token of each token's document, and the first one behind it
     """
 
     starts: Tensor
     lengths: tuple[int, ...]  # of each document; on the host, so that nothing waits for the device
     known: bool = True
+    bounds: Tensor | None = None  # None: found each time they are asked for
 
     @property
     def longest(self) -> int:
@@ -63,8 +65,12 @@ class Documents:
         """Whether all documents have one length, so that they are rows of a dense batch."""
         return self.known and min(self.lengths) == self.longest
 
+    def bounds_of(self, tokens: int) -> Tensor:
+        return bounds_of(self.starts, tokens) if self.bounds is None else self.bounds
+
     def each(self, change: Callable[[Tensor], Tensor]) -> Documents:
-        return replace(self, starts=change(self.starts))
+        bounds = None if self.bounds is None else change(self.bounds)
+        return replace(self, starts=change(self.starts), bounds=bounds)
 
     def to(self, device: torch.device | str) -> Documents:
         return self.each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -92,7 +98,7 @@ def documents_of(shape: Sequence[int], spans: Sequence[tuple[int, int, int]], pa
         for b in range(rows):
             lengths += own[b] + [left[b]] * (left[b] > 0)
     starts = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    return Documents(starts, tuple(lengths))
+    return Documents(starts, tuple(lengths), bounds=bounds_of(starts, rows * length))
 
 
 @dataclass(frozen=True)

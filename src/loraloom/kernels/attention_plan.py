@@ -4,8 +4,9 @@ Three kinds of time: what a kernel takes for its documents, what each call costs
 where a batch is cut up or a document padded.
 
 units   seconds, forward and backward together; rates in TFLOP/s; `size` is heads times features of a head
-source  one H100, bf16, heads of 128 features, 8192 tokens and more: FlashAttention-2 as in torch 2.11, cuDNN's dense
-        attention through scaled_dot_product_attention
+source  benchmarks/results/attention_kernels.json: one H100, bf16, 32 heads of 128 features, 16,384 tokens;
+        FlashAttention-2 as in torch 2.11, cuDNN's dense attention through scaled_dot_product_attention, and
+        kernels/attention_short.py
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from math import log2
 
 from .attention import CUDNN_MOST, INDEX, backward_room
 
-LENGTHS = (128, 1024, 4096, 16384)
+LENGTHS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
 RATES = {
-    "varlen": ((71, 220, 307, 344), (48, 196, 275, 317)),
-    "dense": ((92, 447, 591, 573), (48, 297, 478, 519)),
+    "varlen": ((11, 36, 72, 103, 148, 224, 294, 331, 348), (6, 22, 48, 89, 143, 197, 240, 279, 318)),
+    "dense": ((12, 44, 93, 182, 347, 459, 538, 593, 652), (9, 23, 48, 95, 175, 296, 402, 482, 521)),
+    "short": ((16, 31, 62, 104, 158, 208, 232, 223, 247), (14, 29, 58, 105, 162, 219, 249, 270, 282)),
 }
+LONG = 4096  # tokens of a document from which FlashAttention is the faster for lengths that only the device knows
 CALL = 1e-4  # seconds that one more call costs, forward and backward
 MOVED = 16 / 2.8e12  # seconds for each number of q to cut the batch up, or to pad a piece: copies of 16 bytes
 GRAIN = 256  # a document in a mixed batch is padded to a multiple: cuDNN plans for each length anew
@@ -32,7 +35,7 @@ GRAIN = 256  # a document in a mixed batch is padded to a multiple: cuDNN plans 
 class Piece:
     """Consecutive documents that one call serves."""
 
-    kind: str  # dense or varlen
+    kind: str  # dense, varlen or short
     documents: tuple[int, int]  # the first one, and the first one behind
     tokens: tuple[int, int]
     longest: int
@@ -45,20 +48,29 @@ class Piece:
 
 @lru_cache(maxsize=64)
 def pieces(
-    lengths: tuple[int, ...], heads: int, width: int, window: int | None, fast_dense: bool
+    lengths: tuple[int, ...],
+    heads: int,
+    width: int,
+    window: int | None,
+    fast_dense: bool,
+    takes_short: bool,
 ) -> tuple[Piece, ...]:
     """The calls that serve a batch in the least time, as far as `RATES` tell.
 
-    fast_dense  whether the device's dense kernel is faster than FlashAttention for the same rows
+    fast_dense   whether the device's dense kernel is faster than FlashAttention for the same rows
+    takes_short  whether the kernels for short documents serve the device and the heads
     """
-    whole = tuple(varlen_pieces(lengths, 0, len(lengths), 0, heads, width))
+    kinds = ("varlen", "short") if takes_short else ("varlen",)
+    whole = tuple(rest(lengths, 0, len(lengths), 0, heads, width, kinds))
     if not fast_dense or width % 8 or width > CUDNN_MOST:
         return whole
-    cut = tuple(cut_out(lengths, heads, width, window))
+    cut = tuple(cut_out(lengths, heads, width, window, kinds))
     return min(whole, cut, key=lambda plan: sum_of_seconds(plan, lengths, heads * width))
 
 
-def cut_out(lengths: tuple[int, ...], heads: int, width: int, window: int | None) -> Iterator[Piece]:
+def cut_out(
+    lengths: tuple[int, ...], heads: int, width: int, window: int | None, kinds: Sequence[str]
+) -> Iterator[Piece]:
     """Runs of equal documents that are faster as rows of a dense batch, and what lies between them."""
     size, held, at, token = heads * width, 0, 0, 0  # `held`: the first document that no piece has yet
     alone = len(set(lengths)) == 1  # then nothing is cut up, and nothing need be padded
@@ -66,14 +78,31 @@ def cut_out(lengths: tuple[int, ...], heads: int, width: int, window: int | None
         count = len(list(members))
         padded = length if alone else -(-length // GRAIN) * GRAIN
         piece = Piece("dense", (at, at + count), (token, token + count * length), length, padded)
-        flash = seconds("varlen", length, count, size)
+        ragged = min(seconds(kind, length, count, size) for kind in kinds)
         dense = length >= LENGTHS[0] and (window is None or length <= window)
-        if dense and seconds_of(piece, lengths, size) < flash:
-            yield from varlen_pieces(lengths, held, at, token - sum(lengths[held:at]), heads, width)
+        if dense and seconds_of(piece, lengths, size) < ragged:
+            yield from rest(lengths, held, at, token - sum(lengths[held:at]), heads, width, kinds)
             yield piece
             held = at + count
         at, token = at + count, token + count * length
-    yield from varlen_pieces(lengths, held, at, token - sum(lengths[held:at]), heads, width)
+    yield from rest(lengths, held, at, token - sum(lengths[held:at]), heads, width, kinds)
+
+
+def rest(
+    lengths: tuple[int, ...],
+    first: int,
+    behind: int,
+    token: int,
+    heads: int,
+    width: int,
+    kinds: Sequence[str],
+) -> list[Piece]:
+    """These documents as they lie in the line, by the faster of the kernels that take any lengths."""
+    plans = [list(varlen_pieces(lengths, first, behind, token, heads, width))]
+    if "short" in kinds and first < behind:
+        own = lengths[first:behind]
+        plans.append([Piece("short", (first, behind), (token, token + sum(own)), max(own), max(own))])
+    return min(plans, key=lambda plan: sum(seconds_of(piece, lengths, heads * width) for piece in plan))
 
 
 def varlen_pieces(
@@ -98,9 +127,9 @@ def sum_of_seconds(plan: Sequence[Piece], lengths: tuple[int, ...], size: int) -
 
 def seconds_of(piece: Piece, lengths: tuple[int, ...], size: int) -> float:
     """Forward and backward of one piece, its call included."""
-    if piece.kind == "varlen":
+    if piece.kind != "dense":
         counted = groupby(sorted(lengths[slice(*piece.documents)]))
-        return CALL + sum(seconds("varlen", length, len(list(same)), size) for length, same in counted)
+        return CALL + sum(seconds(piece.kind, length, len(list(same)), size) for length, same in counted)
     padding = MOVED * piece.count * piece.longest * size * (piece.padded > piece.longest)
     return CALL + padding + seconds("dense", piece.padded, piece.count, size)
 
@@ -113,8 +142,9 @@ def seconds(kind: str, length: int, count: int, size: int) -> float:
 
 
 def rate_at(length: int, rates: Sequence[int]) -> float:
-    """FLOP/s, a straight line between the logarithms of the lengths measured."""
+    """FLOP/s, a straight line between the logarithms of the lengths measured; below them a token takes one time."""
+    share_of_least = min(1.0, max(1, length) / LENGTHS[0])
     length = min(max(length, LENGTHS[0]), LENGTHS[-1])
     right = next(at for at in range(1, len(LENGTHS)) if length <= LENGTHS[at])
     share = log2(length / LENGTHS[right - 1]) / log2(LENGTHS[right] / LENGTHS[right - 1])
-    return 1e12 * (rates[right - 1] + share * (rates[right] - rates[right - 1]))
+    return share_of_least * 1e12 * (rates[right - 1] + share * (rates[right] - rates[right - 1]))

@@ -10,7 +10,7 @@ it. Documents are known to the device alone, so one launch serves any of them, a
 
 shapes  T tokens, H query heads, G key heads (G divides H), D features of a head; bounds_2T int32: the first token of
         each token's document, and the first one behind it
-units   scale: of q . k; window: keys that a query sees, itself among them, None for all
+units   scale: of q . k, None for 1 / sqrt(D); window: keys that a query sees, itself among them, None for all
 source  Dao 2023, arXiv:2307.08691 (FlashAttention-2), algorithms 1 and 2; two backward passes, so no atomic sums
 """
 
@@ -35,9 +35,15 @@ def takes_short(q: Tensor) -> bool:
 
 
 def short(
-    q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, bounds_2T: Tensor, scale: float, window: int | None
+    q_THD: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    bounds_2T: Tensor,
+    scale: float | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Attention within documents by these kernels, (T, H, D), differentiable. The last stride is 1."""
+    scale = q_THD.shape[-1] ** -0.5 if scale is None else scale
     return _Short.apply(q_THD, k_TGD, v_TGD, bounds_2T, scale, window)
 
 
@@ -61,7 +67,7 @@ class _Short(torch.autograd.Function):
         delta = torch.empty_like(lse)
         if not q.is_meta:
             dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-            backward(dout, q, k, v, bounds, out, lse, delta, dq, dk, dv, ctx.scale, ctx.window)
+            gradients(dout, q, k, v, bounds, out, lse, delta, dq, dk, dv, ctx.scale, ctx.window)
         return dq, dk, dv, None, None, None
 
 
@@ -144,7 +150,7 @@ def forward(
 
 
 @twin(_backward_reference)
-def backward(
+def gradients(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -161,4 +167,4 @@ def backward(
 ) -> None:
     from . import attention_short_triton
 
-    attention_short_triton.backward(dout, q, k, v, bounds, out, lse, delta, dq, dk, dv, scale, window)
+    attention_short_triton.gradients(dout, q, k, v, bounds, out, lse, delta, dq, dk, dv, scale, window)

@@ -12,9 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 # Tiles of queries (BM) and of keys (BN), measured by benchmarks/attention_kernels.py
-FORWARD: dict[str, Any] = {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 2}
-QUERIES: dict[str, Any] = {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 2}
-KEYS: dict[str, Any] = {"BM": 64, "BN": 128, "num_warps": 8, "num_stages": 2}
+FORWARD: dict[str, Any] = {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 3}
+QUERIES: dict[str, Any] = {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 3}
+KEYS: dict[str, Any] = {"BM": 32, "BN": 64, "num_warps": 4, "num_stages": 3}
 LOG2E = 1.4426950408889634
 ALL = 2**30  # a window that nothing is longer than
 
@@ -30,7 +30,7 @@ def forward(q, k, v, bounds, out, lse, scale, window) -> None:
         )
 
 
-def backward(dout, q, k, v, bounds, out, lse, delta, dq, dk, dv, scale, window) -> None:
+def gradients(dout, q, k, v, bounds, out, lse, delta, dq, dk, dv, scale, window) -> None:
     tokens, heads, _ = q.shape
     with torch.cuda.device_of(q):
         _queries[(heads, triton.cdiv(tokens, QUERIES["BM"]))](
