@@ -103,9 +103,9 @@ def timed(run: Callable[[], object]) -> float:
     return float(triton.testing.do_bench(run, warmup=5, rep=25, return_mode="median"))
 
 
-def rows() -> list[dict[str, Any]]:
+def rows(names: list[str]) -> list[dict[str, Any]]:
     found = []
-    for name, heads in HEADS.items():
+    for name, heads in [(name, HEADS[name]) for name in names]:
         for length in (*LENGTHS, None):
             lengths = alpaca(TOKENS) if length is None else [length] * (TOKENS // length)
             case = Case(heads, lengths)
@@ -158,6 +158,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--commit", default="", help="where there is no repository to ask")
     p.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "attention_kernels.json"))
+    p.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS))
     p.add_argument("--tiles", action="store_true", help="try other tiles")
     p.add_argument("--compile", help="with --tiles: a share of them, such as 0/8, only built")
     a = p.parse_args()
@@ -172,8 +173,8 @@ def main() -> None:
         "machine": torch.cuda.get_device_name(),
         "versions": {name: version(name) for name in ("torch", "triton")},
         "tokens": TOKENS,
-        "errors": {name: Case(heads, alpaca(2048)).errors() for name, heads in HEADS.items()},
-        "rows": rows(),
+        "errors": {name: Case(HEADS[name], alpaca(2048)).errors() for name in a.heads},
+        "rows": rows(a.heads),
     }
     Path(a.out).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(record["errors"]))

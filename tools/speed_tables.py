@@ -29,8 +29,7 @@ LISTS = {  # of benchmarks/peers/run_all.sh beside main and alpaca, and what the
     "big": "Llama-3.1-8B's shape, r = 16 on all linears, 4 x 2,048",
     "qv": "r = 8 on q and v, 4 x 2,048",
     "r256": "r = 256 on all linears, 4 x 2,048",
-    "s512": "r = 16 on all linears, 16 x 512",
-    "s4096": "r = 16 on all linears, 2 x 4,096",
+    "lengths": "r = 16 on all linears, sequences of 512 and of 4,096",
     "stock": "the stock tools, r = 16 on all linears, 4 x 2,048",
     "recompute": "the other tools with recomputation, r = 16 on all linears, 4 x 2,048",
     "padded": "what other ways make of Alpaca-like lengths",
@@ -69,15 +68,20 @@ def recomputed(row: dict[str, Any]) -> str:
 
 
 def over_best(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """Ours over the fastest other tool with a base of the same kind, recomputing or not as ours does."""
-    same = [
-        other["tokens_per_s"]
+    """Ours over the fastest other tool with a base of the same kind, recomputing or not as ours does.
+
+    Where none of that kind was measured, a quantised base of ours is compared with the fastest in bf16.
+    """
+    others = [
+        other
         for other in rows
-        if other["peer"] != "loraloom"
-        and (other["quant"] == "none") == (row["quant"] == "none")
-        and (other["checkpoint"] == "off") == (row["checkpoint"] == "off")
+        if other["peer"] != "loraloom" and (other["checkpoint"] == "off") == (row["checkpoint"] == "off")
     ]
-    return f"{row['tokens_per_s'] / max(same):.2f}" if same and row["peer"] == "loraloom" else ""
+    same = [other for other in others if (other["quant"] == "none") == (row["quant"] == "none")]
+    best = max((other["tokens_per_s"] for other in same or others), default=0)
+    if not best or row["peer"] != "loraloom":
+        return ""
+    return f"{row['tokens_per_s'] / best:.2f}" + ("" if same else " (of bf16)")
 
 
 def speeds(rows: list[dict[str, Any]]) -> str:
@@ -124,7 +128,15 @@ def speed_list(name: str) -> str:
     rows = record["rows"]
     commits = ", ".join(dict.fromkeys(row["commit"][:7] for row in rows))
     about = f"{record['machine']}; {versions(rows)}; commit {commits}; `{record['command']}`"
-    return f"{speeds(rows)}\n\n{about}"
+    shapes = dict.fromkeys((row["batch"], row["seq"]) for row in rows)
+    if len(shapes) == 1:
+        return f"{speeds(rows)}\n\n{about}"
+    parts = [
+        f"{batch} x {seq:,} tokens\n\n" + speeds([row for row in rows if (row["batch"], row["seq"]) == shape])
+        for shape in shapes
+        for batch, seq in [shape]
+    ]
+    return "\n\n".join([*parts, about])
 
 
 def others() -> str:
