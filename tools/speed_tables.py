@@ -285,11 +285,32 @@ def short_steps() -> str:
     return table(head, lines, record)
 
 
+def attention() -> str:
+    """Milliseconds of the attention kernels by the documents' length."""
+    path = tables.RESULTS / "attention_kernels.json"
+    if not path.is_file():
+        return NOT_YET
+    record = json.loads(path.read_text(encoding="utf-8"))
+    kinds = {"varlen": "FlashAttention", "dense": "cuDNN, dense", "short": "short documents"}
+    found = {(row["length"], row["kind"]): row for row in record["rows"] if row["heads"] == "7B"}
+    lines = []
+    for length in dict.fromkeys(length for length, _ in found):
+        line = ["like Alpaca's" if length == "alpaca" else f"{length:,}"]
+        for kind in kinds:
+            row = found.get((length, kind))
+            line.append(f"{row['forward_ms']:.2f} + {row['backward_ms']:.2f}" if row else "")
+        lines.append(line)
+    head = ["tokens of a document", *(f"{words}, ms" for words in kinds.values())]
+    what = f"Forward and backward over {record['tokens']:,} tokens, 32 heads of 128 features."
+    return f"{table(head, lines, record)}\n\n{what}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "speed_main": lambda: speed_list("main"),
     "speed_alpaca": lambda: speed_list("alpaca"),
     "speed_others": others,
     "speed_earlier": earlier,
+    "speed_attention": attention,
     "speed_profile": profile,
     "speed_run": whole_run,
     "speed_short": short_steps,
