@@ -213,7 +213,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """What was asked of the hub; the rows are our own, with the hub's columns."""
     asked: list[tuple[str, str]] = []
 
-    def serve(path: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    def serve(path: str, split: str, *, offline: bool) -> Iterator[tuple[str, dict[str, Any]]]:
         asked.append((path, split))
         fields, classes, _ = FIELDS[path.rpartition(":")[2]]
         for i in range(12):

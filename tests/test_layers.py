@@ -101,7 +101,7 @@ DOORS = {
     "transformers": {"pretrained", "convert_sources", "on_load", "model", "skeleton"},
     "tokenizers": {"gguf_tokenizer"},
     "gguf": {"gguf_model"},
-    "datasets": {"data", "harness"},
+    "datasets": {"data"},
     "lm_eval": {"harness"},
     "pyarrow": {"data"},
     "matplotlib": {"figures"},

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from tiny_run import adapter_bytes, make_data
 
 from loraloom import api, cli, study, study_run
-from loraloom.config import DataConfig, Source, resolve
+from loraloom.config import DataConfig, ModelConfig, RunConfig, Source, resolve
 from loraloom.data.read import Row, Table
 from loraloom.errors import DataError, UserError
 from loraloom.rundir import Run
@@ -205,7 +205,7 @@ def test_every_shipped_preset_asks_something_of_runs_that_can_be(name: str, pres
     assert found.file.source.startswith("article ")
     assert len({slug for _, _, slug in runs_of(found)}) == len(found.settings) * len(found.seeds)
     assert preset != "small" or len(found.seeds) == 3
-    assert bool(found.shape()) == (preset != "small")
+    assert all(bool(found.shape(found.config(one).model.id)) == (preset != "small") for one in found.settings)
 
 
 def test_published_figures_belong_to_settings_of_some_preset() -> None:
@@ -246,6 +246,10 @@ def keys_of(side: list[Row]) -> set[str]:
     return {row.fields["prompt"] for row in side}
 
 
+def about(**data: Any) -> RunConfig:
+    return RunConfig(model=ModelConfig(id="m"), output="o", data=DataConfig(train=[Source(path="t")], **data))
+
+
 @given(
     numbers=st.lists(st.integers(0, 30), min_size=4, max_size=60),
     share=st.one_of(st.floats(0.1, 0.9), st.integers(2, 8)),
@@ -257,7 +261,7 @@ def test_no_row_is_on_two_sides(numbers: list[int], share: float, seed: int, fil
     known = rows(31)
     table_of = Table("t", [known[i] for i in numbers], ["prompt", "completion", "id"])
     held = Table("h", known[:6], ["prompt", "completion", "id"]) if file else None
-    data = DataConfig(train=[Source(path="t")], eval="h.jsonl" if file else share)
+    data = about(eval="h.jsonl" if file else share)
     different = len(set(numbers))
     try:
         split = share_out(data, [table_of], held, seed)
@@ -281,7 +285,7 @@ def test_no_row_is_on_two_sides(numbers: list[int], share: float, seed: int, fil
 
 def test_rows_that_differ_only_where_nobody_reads_are_equal() -> None:
     twins = [Row("a", {"prompt": "x", "completion": "y", "id": i}) for i in range(5)] + rows(20)
-    data = DataConfig(train=[Source(path="t")], eval=6, duplicates="keep")
+    data = about(eval=6, duplicates="keep")
     split = share_out(data, [Table("t", twins, ["prompt", "completion", "id"])], None, 0)
     sides = [
         sum(row.fields["prompt"] == "x" for row in side)
@@ -420,7 +424,7 @@ def test_tasks_are_scored_when_a_run_is_finished(quick: None, tiny: dict[str, An
     kept = Run(tmp_path / "out" / run["run"]).read("eval/tasks.json", {})
     assert kept["settings"]["limit"] == 3
     assert run["tasks"] == {
-        row["metric"]: {"value": row["tuned"]["value"], "share": True} for row in kept["rows"]
+        row["metric"]: {"value": row["tuned"]["value"], "base": 0.0, "share": True} for row in kept["rows"]
     }
     (row,) = record["table"]
     (name,) = row["tasks"]

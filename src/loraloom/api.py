@@ -24,6 +24,7 @@ from . import card, classifying, finish
 from . import plan as plans
 from .adapter_files import is_adapter_folder
 from .checkpoint import Progress, clear, discard_diverged, restore, save_best, save_checkpoint
+from .classifier import head_size
 from .config import RunConfig, flatten, resolve, with_values
 from .data import Examples, Labelled
 from .data import cache as store
@@ -268,9 +269,10 @@ def keep_state(shop: Workshop, run: Run, progress: Progress) -> str:
 
 
 def parameter_counts(shop: Workshop) -> dict[str, int]:
-    """How many numbers train, and how many the base has."""
+    """How many numbers train, how many the base has, and how many of a classifier's are its head's."""
     trainable = sum(p.numel() for p in shop.adapters.parameters())
-    return {"trainable": trainable, "total": sum(p.numel() for p in shop.model.parameters())}
+    head = {"head": head_size(shop.model)} if shop.config.task == "classification" else {}
+    return {"trainable": trainable, "total": sum(p.numel() for p in shop.model.parameters())} | head
 
 
 def fit_beside_the_model(config: RunConfig, loaded: Loaded, examples: Examples, steps: StepPlan) -> Choice:

@@ -145,12 +145,20 @@ def load_classifier(
     return replace(loaded, attention="eager: transformers has no other for this model") if plain else loaded
 
 
-def shape_of(folder: Path, labels: Labels, dtype: torch.dtype = torch.float32) -> Any:
+def shape_of(folder: Path, labels: Labels) -> Any:
     """The classifier of a model folder on the meta device.
 
     raises  UserError if transformers has none of this kind
     """
-    config = copy.deepcopy(read_shape(folder))
+    return meta_classifier(read_shape(folder), labels)
+
+
+def meta_classifier(config: Any, labels: Labels, dtype: torch.dtype = torch.float32) -> Any:
+    """The classifier of a config on the meta device.
+
+    raises  UserError if transformers has none of this kind
+    """
+    config = copy.deepcopy(config)
     for key, value in labels.settings().items():
         if key != "num_labels":  # which the names give
             setattr(config, key, value)
@@ -173,6 +181,11 @@ def head_names(model: nn.Module) -> list[str]:
     if not names or not hasattr(model, str(base)):
         raise UserError(f"{type(model).__name__} has no head that can be told from its base")
     return names
+
+
+def head_size(model: nn.Module) -> int:
+    """Weights of the head, which trains whole beside an adapter; no paper counts them to the adapter."""
+    return sum(p.numel() for name in head_names(model) for p in getattr(model, name).parameters())
 
 
 def longest_input(model: Any, tokenizer: Any) -> int:

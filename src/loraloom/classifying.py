@@ -72,19 +72,22 @@ def build(
 
     raises  UserError, DataError: whatever of the settings, the data or the model does not fit
     """
-    check_labelled_sources(config.data)
+    check_labelled_sources(config.data, offline=offline)
     refuse_settings(config)
     method = spec_of(config).make()
     refuse_method(config, method)
     tokenizer, limit = before_weights(config, offline=offline)
     prepared = prepare_labels(
-        config.data, tokenizer, model_max_length=limit, seed=config.train.seed, progress=progress
+        config.data,
+        tokenizer,
+        model_max_length=limit,
+        seed=config.train.seed,
+        offline=offline,
+        progress=progress,
     )
     labels = Labels(tuple(prepared.report.labels))
     loaded = load_classifier(config.model, labels, seed=config.train.seed, offline=offline, progress=progress)
-    whole = method.trains_whole() == "everything"  # the head too, then
-    heads = [name for name in head_names(loaded.model) if not whole and name not in config.modules_to_save]
-    decided: dict[str, Any] = {"modules_to_save": [*config.modules_to_save, *heads]} if heads else {}
+    decided: dict[str, Any] = trained_head(config, method, loaded.model)
     decided |= {"eval.best": best_of(config, labels)}
     config = with_values(config, decided)
     adapters = Adapters(loaded.model)
@@ -101,6 +104,21 @@ def build(
     assert config.train.learning_rate != "auto"
     optimizer = make_optimizer(adapters.groups(config.train.learning_rate), config.train)
     return Workshop(config, loaded, adapters, prepared, optimizer, plan, decided, in_words(loaded, labels))
+
+
+def planned(config: RunConfig, model: Any) -> RunConfig:
+    """The settings with the head, as `build` would have them; refused as it would."""
+    method = spec_of(config).make()
+    refuse_settings(config)
+    refuse_method(config, method)
+    return with_values(config, trained_head(config, method, model))
+
+
+def trained_head(config: RunConfig, method: Method, model: Any) -> dict[str, Any]:
+    """The setting by which the head trains too, where the method does not train everything."""
+    whole = method.trains_whole() == "everything"
+    heads = [name for name in head_names(model) if not whole and name not in config.modules_to_save]
+    return {"modules_to_save": [*config.modules_to_save, *heads]} if heads else {}
 
 
 def before_weights(config: RunConfig, *, offline: bool) -> tuple[Any, int]:

@@ -13,7 +13,7 @@ from . import console
 from .errors import Failure, UserError
 from .study_table import cells, columns, published
 from .verbs import cli, offline_option, with_json
-from .wording import number, plural
+from .wording import number, percent, plural
 
 
 @cli.command()
@@ -91,11 +91,13 @@ class StudyView:
         if record["status"] != "finished":
             console.err.print(Text(f"      {record['status']}: {record['message']}", style="yellow"))
             return
-        match = record["exact_match"]
+        match, main = record["exact_match"], record["tasks"].get(record["main"])
+        score = f"final loss {number(record['loss'])}"
+        if main is not None:
+            value = percent(main["value"]) if main["share"] else number(main["value"])
+            score = f"final {record['main']} {value}"
         answers = f", exact match {match:.1%}" if match is not None else ""
-        console.err.print(
-            f"      final loss {number(record['loss'])}{answers}, {record['seconds']:.0f} s of steps"
-        )
+        console.err.print(f"      {score}{answers}, {record['seconds']:.0f} s of steps")
 
 
 def show_listing(rows: Sequence[dict[str, Any]]) -> None:
@@ -129,12 +131,10 @@ def show_plans(name: str, preset: str | None, offline: bool, as_json: bool) -> A
     runs = f"{len(found.settings)} settings, {len(found.seeds)} seeds: {len(found.settings) * len(found.seeds)} runs"
     only = f"; can only be planned: {found.file.plan_only}" if found.file.plan_only else ""
     console.out.print(Text(f"{runs}{only}", style="dim"))
-    console.out.print(
-        Text(
-            "= the count that the study expects; the peak is predicted for a GPU, without its context",
-            style="dim",
-        )
-    )
+    told = "= the count that the study expects; the peak is predicted for a GPU, without its context"
+    if found.config(found.settings[0]).task == "classification":
+        told = "= the count that the study expects, without the head, which trains too"
+    console.out.print(Text(told, style="dim"))
     return None
 
 
@@ -148,13 +148,10 @@ def show_table(record: dict[str, Any]) -> None:
     show_lines([head, *(cells(row, rows) for row in rows)], left=words)
     for sentence in record["says"]:
         console.out.print(Text(f" {sentence}"))
-    console.out.print(
-        Text(
-            "\N{PLUS-MINUS SIGN} one standard deviation over seeds; worse, better: Welch's test, p < 0.05; published "
-            "figures are of another model and data" * (record["study"]["preset"] != "published"),
-            style="dim",
-        )
-    )
+    told = "\N{PLUS-MINUS SIGN} one standard deviation over seeds; worse, better: Welch's test, p < 0.05"
+    if record["study"]["preset"] == "small":
+        told += "; published figures are of another model and data"
+    console.out.print(Text(told, style="dim"))
 
 
 def show_lines(lines: Sequence[Sequence[str]], *, left: Sequence[int]) -> None:

@@ -24,13 +24,13 @@ import torch
 from huggingface_hub import constants
 from torch import Tensor
 
+from .data.tables import no_requests
 from .dressing import holding, tokens_of
 from .environment import version
 from .errors import Failure, NonFinite, OutOfMemory, UserError, did_you_mean
 from .nll import evaluating
 
 try:
-    import datasets
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -269,20 +269,6 @@ def is_connection(error: BaseException | None) -> bool:
         return False
     names = {kind.__name__ for kind in type(error).__mro__}
     return bool(names & {"ConnectionError", "NetworkError", "OfflineModeIsEnabled", "TimeoutException"})
-
-
-@contextmanager
-def no_requests(offline: bool) -> Iterator[None]:
-    """Inside, neither huggingface_hub nor datasets asks the hub, if `offline`."""
-    places = ((constants, "HF_HUB_OFFLINE"), (datasets.config, "HF_HUB_OFFLINE"))
-    before = [getattr(module, name) for module, name in places]
-    try:
-        for module, name in places:
-            setattr(module, name, offline or getattr(module, name))
-        yield
-    finally:
-        for (module, name), value in zip(places, before, strict=True):
-            setattr(module, name, value)
 
 
 # ==== a run ==================================================================================================

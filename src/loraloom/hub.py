@@ -35,7 +35,7 @@ from huggingface_hub.utils import (
 from . import files
 from .errors import Failure, UserError
 from .model_files import find_weights, gguf_given, has_tokenizer
-from .small_model import NAME, small_model
+from .small_model import NAMES, small_model
 
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "README.md")
 NetworkError: type[Exception] = HfHubHTTPError.__bases__[
@@ -80,8 +80,9 @@ def resolve(
         raise UserError(
             f"{name} is a file", hint="give the folder of a model, with config.json and the weights"
         )
-    if name.lower() == NAME:
-        return Resolved(small_model(offline=offline, progress=progress), "small", NAME)
+    if name.lower() in NAMES:
+        known = name.lower()
+        return Resolved(small_model(known, offline=offline, progress=progress), "small", known)
     check_id(name)
     found = download(name, revision=revision, offline=offline, allow_pickle=allow_pickle, progress=progress)
     return Resolved(found, "hub", name, commit_of(found))

@@ -32,14 +32,21 @@ def prepare_file(
     config, _ = resolve(None, chosen | settings)
     if config.task == "classification":
         words, longest = before_weights(config, offline=offline)
-        return prepare_labels(config.data, words, model_max_length=longest, seed=config.train.seed), words
+        how: dict[str, Any] = {"seed": config.train.seed, "offline": offline}
+        return prepare_labels(config.data, words, model_max_length=longest, **how), words
     folder = hub.resolve(config.model.id, revision=config.model.revision, offline=offline).path
     tokenizer = load_tokenizer(folder)
     limit = context_of(folder)
     cache = cache_folder() / "data"
-    return prepare(
-        config.data, tokenizer, model_max_length=limit, seed=config.train.seed, cache=cache
-    ), tokenizer
+    prepared = prepare(
+        config.data,
+        tokenizer,
+        model_max_length=limit,
+        seed=config.train.seed,
+        cache=cache,
+        offline=offline,
+    )
+    return prepared, tokenizer
 
 
 def context_of(folder: Path) -> int:

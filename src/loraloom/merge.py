@@ -28,7 +28,7 @@ from .adapter_files import is_peft_folder
 from .adapter_fill import same
 from .adapter_io import load_adapter, read_tensors
 from .bank import Bank
-from .classifier import head_names, shape_of
+from .classifier import head_names
 from .data import Labels
 from .disk_names import Names, tied_names
 from .errors import NonFinite, UserError
@@ -98,7 +98,8 @@ def made_of(recipe: Recipe, tokenizer: Any) -> tuple[Any, Task, dict[str, Any]]:
     """A model without numbers, what kind it is, and what its config says beside the files' own."""
     if recipe.labels is None:
         return meta_model(read_shape(recipe.folder), dtype=recipe.read, attention="eager"), "causal", {}
-    skeleton, more = shape_of(recipe.folder, recipe.labels, recipe.read), recipe.labels.settings()
+    skeleton = meta_classifier(read_shape(recipe.folder), recipe.labels, recipe.read)
+    more = recipe.labels.settings()
     if (
         skeleton.config.get_text_config().pad_token_id is None
     ):  # a decoder reads the last token before padding

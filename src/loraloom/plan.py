@@ -28,7 +28,7 @@ from .optim8 import state_bytes
 from .recompute import Choice
 from .shapes import published
 from .skeleton import num_layers, read_shape, text_config
-from .small_model import NAME, cache_folder
+from .small_model import NAMES, cache_folder
 from .workload import Measured, Workload, assumed
 from .workshop import GPU_TOKENS, UNLIMITED, method_defaults, plan_of
 
@@ -127,7 +127,7 @@ def plan(
     config = config if folder is None else as_in_files(config, folder)
     predictor = Predictor(config, about, cudnn=gpu is None or gpu.cudnn)
     context = int(getattr(text_config(about), "max_position_embeddings", None) or UNLIMITED)
-    work, steps = workload(config, folder, context, length, progress=progress)
+    work, steps = workload(config, folder, context, length, offline=offline, progress=progress)
     if gpu is None and (fit or config.train.micro_tokens == "fit"):
         raise UserError("there is no GPU here to fit into", hint="name one's memory: --gpu 80GB")
     chosen = open_choice(config) if gpu is None else choose(predictor, work, gpu, fit=fit)
@@ -225,7 +225,7 @@ def folder_of(config: RunConfig, *, offline: bool) -> Path:
     raises  UserError if there is no such model, or it is not here and cannot be fetched
     """
     m = config.model
-    if Path(m.id).expanduser().exists() or m.id.lower() == NAME:
+    if Path(m.id).expanduser().exists() or m.id.lower() in NAMES:
         return hub.resolve(m.id, revision=m.revision, offline=offline).path
     hub.check_id(m.id)
     found = hub.cached(m.id, m.revision, m.allow_pickle)
@@ -241,7 +241,13 @@ def folder_of(config: RunConfig, *, offline: bool) -> Path:
 
 
 def workload(
-    config: RunConfig, folder: Path | None, context: int, length: int | None, *, progress: bool
+    config: RunConfig,
+    folder: Path | None,
+    context: int,
+    length: int | None,
+    *,
+    offline: bool,
+    progress: bool,
 ) -> tuple[Workload, dict[str, int] | None]:
     """The run's batches, and its steps; assumed ones where there is no data, or a length stands for it.
 
@@ -260,6 +266,7 @@ def workload(
         model_max_length=context,
         seed=config.train.seed,
         cache=cache_folder() / "data",
+        offline=offline,
         progress=progress,
     )
     steps = plan_of(config, prepared.train.lengths)

@@ -34,7 +34,7 @@ from .study_file import Setting, Study, read_study, runs_of
 from .study_page import write_page
 from .study_plan import plan_study
 from .study_run import FINISHED, SCORES, TASKS
-from .study_table import sentences, table
+from .study_table import LOSS, sentences, table
 
 RECORD = "study.json"
 SIDES = "data/sides.json"  # written last: how many rows each side has
@@ -79,11 +79,12 @@ class Folder:
             raise UserError(f"{self.path} is not empty, and holds no study", hint="name another one with -o")
         write_json(known, {"study": self.study.to_dict(), "command": command})
 
-    def split(self) -> None:
+    def split(self, *, offline: bool = False) -> None:
         """Hold the rows out and write them, unless that is done."""
         if (self.path / SIDES).is_file():
             return
-        sides, changes = split_data(self.study.config(self.study.settings[0]), made=self.study.file.made)
+        config = self.study.config(self.study.settings[0])
+        sides, changes = split_data(config, made=self.study.file.made, offline=offline)
         write_split(sides, self.path / "data")
         write_json(self.path / SIDES, {"sizes": sides.sizes, "settings": changes})
 
@@ -118,13 +119,13 @@ class Folder:
         state = Run(path).state
         wanted = [SCORES, *([TASKS] if self.study.file.tasks else [])]
         if state.get("status") in FINISHED and all((path / name).is_file() for name in wanted):
-            count = self.study.file.expected.get(setting.name)
-            if count is not None and state["trainable"] != count:
+            count, scored = self.study.file.expected.get(setting.name), scores(Run(path))
+            if count is not None and scored["trainable"] != count:
                 raise Failure(
-                    f"{path}: {state['trainable']:,} weights trained, {count:,} are expected",
+                    f"{path}: {scored['trainable']:,} weights trained, {count:,} are expected",
                     hint="its model's files are not those that were planned",
                 )
-            return found | {"status": "finished", "message": None} | scores(Run(path))
+            return found | {"status": "finished", "message": None} | scored
         if self.failure(name).is_file():
             told = json.loads(self.failure(name).read_text(encoding="utf-8"))
             return found | {"status": "failed", "message": told["message"]}
@@ -191,7 +192,7 @@ def study(
     folder, command = Folder(place, found), shlex.join([Path(words[0]).name, *words[1:]])
     plan_study(found, memory=False, offline=offline)  # the counts must be right before hours are spent
     folder.begin(command)
-    folder.split()
+    folder.split(offline=offline)
     every = runs_of(found)
     before = [folder.outcome(*one)["status"] for one in every]
     listen("begin", {"study": found, "folder": str(place), "runs": len(every), "statuses": before})
@@ -302,25 +303,35 @@ def passing_on() -> Iterator[Relay]:
 
 
 def scores(run: Run) -> dict[str, Any]:
-    """A finished run's numbers."""
+    """A finished run's numbers. A classifier's base is the answer that does not read the text."""
     outcome, final = result(run), run.read(SCORES, {})
+    labelled = final.get("task") == "classification"
     rows = {row["metric"]: row for row in final["rows"]}
-    match = rows.get("exact match")
+    match, side = rows.get("exact match"), "constant" if labelled else "base"
+    main = run.config.eval.best if labelled else LOSS
+    scored = [row for row in final["rows"] if row["metric"] != LOSS] if labelled else []
+    scored += run.read(TASKS, {"rows": []})["rows"]
     return {
-        "selection": outcome.best_loss,
+        "main": main,
+        "unit": rows[LOSS]["unit"],
+        "selection": outcome.best_loss if main == LOSS else run.state["best"][main],
         "best_step": outcome.best_step,
-        "loss": rows["loss"]["tuned"]["value"],
-        "loss_stderr": rows["loss"]["tuned"]["stderr"],
-        "base_loss": rows["loss"]["base"]["value"],
+        "loss": rows[LOSS]["tuned"]["value"],
+        "loss_stderr": rows[LOSS]["tuned"]["stderr"],
+        "base_loss": rows[LOSS][side]["value"],
         "exact_match": match["tuned"]["value"] if match else None,
         "base_match": match["base"]["value"] if match else None,
         "seconds": total(run.metrics("train"), "seconds"),
         "tasks": {
-            row["metric"]: {"value": row["tuned"]["value"], "share": row["unit"] == "share"}
-            for row in run.read(TASKS, {"rows": []})["rows"]
+            row["metric"]: {
+                "value": row["tuned"]["value"],
+                "base": row[side if side in row else "base"]["value"],
+                "share": row["unit"] == "share",
+            }
+            for row in scored
         },
         "memory": outcome.memory,
-        "trainable": outcome.trainable,
+        "trainable": run.state["trainable"] - run.state.get("head", 0),
         "total": outcome.total,
         "steps": outcome.steps,
     }

@@ -20,11 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from .config import DataConfig, RunConfig
+from .data.labelled import glue_task, places_of
+from .data.labels import find_columns
 from .data.read import Row, Table
 from .data.shapes import detect
 from .data.sources import sources_of
 from .errors import DataError
 from .files import digest, write_text
+from .small_model import tweets
 
 PROMPT, ANSWER = "Question: What is {a} minus {b}?\nAnswer:", " {c}"
 
@@ -46,31 +49,44 @@ class Split:
         }
 
 
-def split_data(config: RunConfig, *, made: str | None, seed: int = 0) -> tuple[Split, dict[str, Any]]:
-    """The three sides, and the settings of `data` that read their files: names in the study's folder.
+def split_data(
+    config: RunConfig, *, made: str | None, seed: int = 0, offline: bool = False
+) -> tuple[Split, dict[str, Any]]:
+    """The three sides, and the settings that read their files as they were meant: names in the study's folder.
 
-    made  "subtraction": rows that are made, instead of the sources that the settings name
-    seed  of the draw of the held-out rows
+    made     "subtraction" or "tweets": these rows, instead of the sources that the settings name
+    seed     of the draw of the held-out rows
+    offline  make no request
     """
     data = config.data
     if made is not None:
-        table = Table(made, sums()[: data.limit], ["prompt", "completion"])
-        tables, held, repeats = [table], None, [1]
+        rows = sums() if made == "subtraction" else labelled_tweets(offline=offline)
+        tables, held, repeats = [Table(made, rows[: data.limit], list(rows[0].fields))], None, [1]
     else:
-        tables, held, repeats = read(data)
-    split = share_out(data, tables, held, seed)
+        tables, held, repeats = read(config, offline=offline)
+    split = share_out(config, tables, held, seed)
     changes: dict[str, Any] = {"data.limit": None, "data.encoding": "auto", "data.eval": "selection.jsonl"}
     changes["data.train"] = [
         {"path": f"train-{place}.jsonl", "repeat": repeat} for place, repeat in enumerate(repeats)
     ]
-    return split, changes
+    return split, changes | as_the_task_has_it(config)
 
 
-def read(data: DataConfig) -> tuple[list[Table], Table | None, list[int]]:
+def as_the_task_has_it(config: RunConfig) -> dict[str, Any]:
+    """What a GLUE task's name says beside its rows, which files do not: its metric and what its labels are."""
+    task = glue_task(config.data)
+    if task is None:
+        return {}
+    said = {} if config.eval.best != "auto" else {"eval.best": task.metric}
+    kind = "classes" if task.classes else "numbers"
+    return said | ({} if config.data.labels != "auto" else {"data.labels": kind})
+
+
+def read(config: RunConfig, *, offline: bool) -> tuple[list[Table], Table | None, list[int]]:
     """The training tables up to data.limit, the held-out one if it is a source of its own, the sources' repeats."""
-    tables: list[Table] = []
+    data, tables = config.data, list[Table]()
     held, left = None, data.limit
-    for place in sources_of(data):
+    for place in (places_of if labelled(config) else sources_of)(data, offline=offline):
         if place.use == "eval":
             held = place.read(data, None)
             continue
@@ -80,14 +96,19 @@ def read(data: DataConfig) -> tuple[list[Table], Table | None, list[int]]:
     return tables, held, [source.repeat for source in data.train]
 
 
-def share_out(data: DataConfig, tables: Sequence[Table], held: Table | None, seed: int) -> Split:
+def labelled(config: RunConfig) -> bool:
+    return config.task == "classification"
+
+
+def share_out(config: RunConfig, tables: Sequence[Table], held: Table | None, seed: int) -> Split:
     """Hold rows out by a draw on their content, and halve them.
 
     The draw is by digests with the seed: the same rows are on the same sides, in whatever order they stand.
     """
-    keyed = [with_keys(data, table) for table in tables]
+    data = config.data
+    keyed = [with_keys(config, table) for table in tables]
     if held is not None:
-        pool = dict(with_keys(data, held))
+        pool = dict(with_keys(config, held))
         chosen = sorted(pool, key=lambda key: drawn(key, seed))
     else:
         pool = {key: row for table in keyed for key, row in table}
@@ -112,9 +133,13 @@ def wanted(data: DataConfig, rows: int) -> int:
     return min(rows, int(data.eval) if data.eval >= 1 else int(data.eval * rows + 1e-9))
 
 
-def with_keys(data: DataConfig, table: Table) -> list[tuple[str, Row]]:
+def with_keys(config: RunConfig, table: Table) -> list[tuple[str, Row]]:
     """Each row with a digest of what is used of it, and the first of equal rows alone."""
-    columns = list(detect(table, data.format, data.map).columns.values())
+    data = config.data
+    if labelled(config):
+        columns = list(find_columns(table, data.map).to_dict().values())
+    else:
+        columns = list(detect(table, data.format, data.map).columns.values())
     seen: dict[str, Row] = {}
     pairs = []
     for row in table.rows:
@@ -148,4 +173,14 @@ def sums() -> list[Row]:
     return [
         Row(f"made:{place}", {"prompt": PROMPT.format(a=a, b=b), "completion": ANSWER.format(c=a - b)})
         for place, (a, b) in enumerate(pairs, start=1)
+    ]
+
+
+def labelled_tweets(*, offline: bool) -> list[Row]:
+    """Tweets with a sentiment, shuffled."""
+    items = tweets(offline=offline)
+    random.Random(0).shuffle(items)
+    return [
+        Row(f"tweets:{place}", {"text": text, "label": label})
+        for place, (text, label) in enumerate(items, start=1)
     ]

@@ -49,12 +49,17 @@ class StudyFile(Section):
     axis: str | None = Field(None, description="a key with numbers: the figures' x axis")
     repeats: Positive = Field(1, description="runs of each setting, with seeds from 0")
     seeds: list[int] | None = Field(None, description="these seeds instead")
-    made: Literal["subtraction"] | None = Field(None, description="data that is made: two-digit subtraction")
+    made: Literal["subtraction", "tweets"] | None = Field(
+        None, description="data that needs no file: two-digit sums, or tweets and their sentiment"
+    )
     answers: Annotated[int, Field(ge=0)] = Field(200, description="final examples to answer for exact match")
     tasks: list[str] = Field([], description="tasks of lm-evaluation-harness, scored when a run is finished")
     task_limit: Positive | None = Field(None, description="only the first so many items of each task")
     task_data: str | None = Field(None, description="a folder with the tasks' files, as eval --data-dir")
-    shape: str | None = Field(None, description="a config.json beside the study, to plan without the model")
+    shape: str | dict[str, str] | None = Field(
+        None,
+        description="a config.json beside the study, to plan without the model; or one for each model's id",
+    )
     plan_only: str | None = Field(None, description="why it can only be planned")
     expected: dict[str, Positive] = Field({}, description="weights that train, by setting")
     published: dict[str, dict[str, Number]] = Field({}, description="figures by setting and column")
@@ -116,11 +121,13 @@ class Study:
             "task_limit": self.file.task_limit,
         }
 
-    def shape(self) -> dict[str, Any] | None:
-        """The shipped config.json, if the study names one."""
-        if self.file.shape is None:
+    def shape(self, model: str) -> dict[str, Any] | None:
+        """The shipped config.json of a model, if the study names one."""
+        given = self.file.shape
+        name = given.get(model) if isinstance(given, dict) else given
+        if name is None:
             return None
-        path = beside(self.path, self.file.shape)
+        path = beside(self.path, name)
         try:
             return dict(json.loads(path.read_text(encoding="utf-8")))
         except ValueError as error:
@@ -254,15 +261,18 @@ def number_of(path: Path, axis: str | None, values: Mapping[str, Any]) -> float 
 
 
 def check(study: Study) -> None:
-    """Every setting must make a run's settings."""
+    """Every setting must make a run's settings, and all of them of one task: they share their rows."""
+    tasks = set()
     for setting in study.settings:
         if "train.seed" in setting.values:
             raise UserError(f"{study.path}: {setting.name} sets train.seed", hint="use repeats, or seeds")
         try:
-            study.config(setting)
+            tasks.add(study.config(setting).task)
         except UserError as error:
             error.message = f"{study.path.name}, {setting.name}: {error.message}"
             raise
+    if len(tasks) > 1:
+        raise UserError(f"{study.path}: its settings are of different tasks", hint="set task once, in run")
 
 
 def slug(text: str) -> str:

@@ -16,7 +16,20 @@ from .report import render
 from .rundir import STATE, Run
 from .sections import pairs
 from .study_figures import cost_chart, published_charts, score_chart
-from .study_table import BETTER, CHOSEN, GIGABYTE, WORSE, cells, columns, tasks_of
+from .study_table import (
+    BETTER,
+    CHOSEN,
+    GIGABYTE,
+    LOSS,
+    MATCH,
+    WORSE,
+    cells,
+    columns,
+    main_of,
+    measured,
+    measures,
+    unit_of,
+)
 
 SIGNS = {CHOSEN: ("good", "★"), BETTER: ("good", "✓"), WORSE: ("bad", "✗")}
 
@@ -32,11 +45,6 @@ def content(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     """What the template shows."""
     rows, axis = record["table"], record.get("axis")
     study = record["study"]
-    charts = [
-        score_chart(rows, "loss", "Loss on the final rows", "nats per target token", axis=axis),
-        score_chart(rows, "exact_match", "Exact match on the final rows", "%", axis=axis, scale=100.0),
-        *task_charts(rows, axis),
-    ]
     costs = [
         cost_chart(rows, "seconds", "Time of the training steps", "seconds", 1.0),
         cost_chart(rows, "memory", "Peak memory", "GB", 1 / GIGABYTE),
@@ -52,7 +60,9 @@ def content(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
         "columns": columns(rows),
         "rows": [row_view(row, rows) for row in rows],
         "csv": csv_address(columns(rows), [cells(row, rows) for row in rows]),
-        "charts": present(charts),
+        "charts": present(score_charts(rows, axis)),
+        "main": main_of(rows),
+        "unit": unit_of(rows),
         "costs": present(costs),
         "published": published_charts(rows, axis),
         "curves": curves(folder, record),
@@ -82,15 +92,17 @@ def row_view(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[
     }
 
 
-def task_charts(rows: Sequence[Mapping[str, Any]], axis: str | None) -> list[Chart | None]:
-    """A drawing for each benchmark's metric."""
+def score_charts(rows: Sequence[Mapping[str, Any]], axis: str | None) -> list[Chart | None]:
+    """A drawing for each score of the final rows."""
     drawn = []
-    for place, name in enumerate(tasks_of(rows)):
-        key = f"task-{place}"
-        own = [{**row, key: row["tasks"].get(name)} for row in rows]
+    for place, name in enumerate(measures(rows)):
+        key = name if name in (LOSS, MATCH) else f"task-{place}"
+        own = [{**row, key: measured(row, name) or None} for row in rows]
         share = any(row[key] and row[key]["share"] for row in own)
-        unit, scale = ("%", 100.0) if share else ("", 1.0)
-        drawn.append(score_chart(own, key, name.replace("_", " "), unit, axis=axis, scale=scale))
+        unit, scale = ("%", 100.0) if share else (unit_of(rows) if name == LOSS else "", 1.0)
+        title = f"{name.replace('_', ' ').capitalize()} on the final rows"
+        title = name.replace("_", " ") if " " in name else title  # a benchmark has rows of its own
+        drawn.append(score_chart(own, key, title, unit, axis=axis, scale=scale))
     return drawn
 
 
@@ -107,5 +119,5 @@ def curves(folder: Path, record: Mapping[str, Any]) -> list[Chart]:
         if run["seed"] == first and (path / STATE).is_file():
             x, y = series(Run(path).metrics("train"), "loss")
             found.append((run["setting"], x, smooth(y)))
-    drawn = overlay("train", f"Train loss, smoothed, seed {first}", "nats per target token", found)
+    drawn = overlay("train", f"Train loss, smoothed, seed {first}", unit_of(record["table"]), found)
     return [drawn] if drawn.count else []

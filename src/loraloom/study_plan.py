@@ -1,6 +1,7 @@
 """What every setting of a study would take, before anything trains: weights that train, memory, steps.
 
-Counts are of the adapter as it would be attached, on shapes. They must be those that the study expects. Memory is the
+Counts are of the adapter as it would be attached, on shapes, without a classifier's head. They must be those that the
+study expects. Memory is the
 predicted peak of a step on a GPU, in passes of train.micro_tokens (8,192 if that is auto).
 
 units   bytes
@@ -16,8 +17,11 @@ from typing import Any
 
 import torch
 
+from . import classifying
 from .adapt import Adapters
+from .classifier import head_size, meta_classifier
 from .config import RunConfig, with_values
+from .data import Labels
 from .errors import UserError
 from .memory import Predictor, dtype_of
 from .optim8 import state_bytes
@@ -55,14 +59,9 @@ def plan_study(study: Study, *, memory: bool = True, offline: bool = False) -> l
     """
     models: dict[str, Any] = {}
     plans = []
-    rows = rows_of(study) if memory else None
+    rows = rows_of(study, offline=offline) if memory else None
     for setting in study.settings:
         config = study.config(setting)
-        if config.task != "causal":
-            raise UserError(
-                f"{setting.name}: studies compare models of text; task={config.task} is not among them yet",
-                hint="train the settings one by one and compare them: loraloom report RUN RUN",
-            )
         model = shapes_of(study, config, models, offline=offline)
         plans.append(predict(setting, config, model, rows, memory=memory))
     check_expected(study, {one.name: one.trainable for one in plans})
@@ -70,20 +69,29 @@ def plan_study(study: Study, *, memory: bool = True, offline: bool = False) -> l
 
 
 def shapes_of(study: Study, config: RunConfig, known: dict[str, Any], *, offline: bool) -> Any:
-    """The model without weights: of the shipped config.json, else of the model itself; made once."""
+    """The model without weights: of the shipped config.json, else of the model itself; made once.
+
+    A classifier's has two classes, of which the counts do not depend.
+    """
     key = config.model.id
     if key not in known:
-        shipped = study.shape()
+        shipped = study.shape(key)
         about = make_shape(**shipped) if shipped else read_shape(folder_of(config, offline=offline))
-        known[key] = meta_model(about, dtype=dtype_of(config))
+        if config.task == "classification":
+            known[key] = meta_classifier(about, Labels(("0", "1")), dtype_of(config))
+        else:
+            known[key] = meta_model(about, dtype=dtype_of(config))
     return known[key]
 
 
 def predict(setting: Setting, config: RunConfig, model: Any, rows: int | None, *, memory: bool) -> Planned:
     """One setting on shapes."""
     adapters = Adapters(model)
+    head = 0
     try:
         config = with_values(config, method_defaults(config))
+        if config.task == "classification":
+            config, head = classifying.planned(config, model), head_size(model)
         with torch.device("meta"), Shapes():
             spec = spec_of(with_values(config, any_ids(config)))
             adapters.add("default", spec, blank=True, starting=True)
@@ -95,7 +103,7 @@ def predict(setting: Setting, config: RunConfig, model: Any, rows: int | None, *
     peak, why = peak_of(config, model.config) if memory else (None, "")
     return Planned(
         name=setting.name,
-        trainable=sum(sizes),
+        trainable=sum(sizes) - head,
         total=sum(p.numel() for p in model.parameters()),
         state=sum(state_bytes(config.train.optimizer, size) for size in sizes),
         memory=peak,
@@ -105,7 +113,9 @@ def predict(setting: Setting, config: RunConfig, model: Any, rows: int | None, *
 
 
 def peak_of(config: RunConfig, about: Any) -> tuple[int | None, str]:
-    """The predicted peak; None with the reason where a model's step depends on numbers."""
+    """The predicted peak; None with the reason for a classifier, or where a model's step depends on numbers."""
+    if config.task == "classification":
+        return None, "not predicted"
     context = int(getattr(text_config(about), "max_position_embeddings", None) or UNLIMITED)
     choice = open_choice(config)
     try:
@@ -115,15 +125,17 @@ def peak_of(config: RunConfig, about: Any) -> tuple[int | None, str]:
         return None, error.message
 
 
-def rows_of(study: Study) -> int | None:
+def rows_of(study: Study, *, offline: bool) -> int | None:
     """Rows to train on; None where no setting's steps depend on them, or they would have to be fetched."""
     configs = [study.config(setting) for setting in study.settings]
     sources = [source.path for source in configs[0].data.train]
     if all(config.train.max_steps is not None for config in configs):
         return None
-    if study.file.made is None and any(path == NO_DATA or path.startswith("hf:") for path in sources):
+    if study.file.made is None and any(
+        path == NO_DATA or path.startswith(("hf:", "glue:")) for path in sources
+    ):
         return None
-    return split_data(configs[0], made=study.file.made)[0].sizes["train"]
+    return split_data(configs[0], made=study.file.made, offline=offline)[0].sizes["train"]
 
 
 def steps_of(config: RunConfig, rows: int | None) -> int | None:

@@ -1,13 +1,15 @@
 """The table of a study: what runs with several seeds came to, and which differences are more than the seeds' spread.
 
+    main         what the settings are compared by: the loss, or a classifier's metric, such as accuracy
     mean, sd     over the seeds of a setting, sd with n - 1
-    chosen       the setting with the lowest mean loss on the selection rows; the final rows have no part in it
-    verdict      Welch's test of the logarithms of a setting's final losses against those of the chosen one, p < 0.05
-                 on both sides; of logarithms, because spreads grow with the loss
+    chosen       the setting with the best mean of it on the selection rows; the final rows have no part in it
+    verdict      Welch's test of a setting's final scores against those of the chosen one, p < 0.05 on both sides; of
+                 the logarithms of losses, because their spreads grow with the loss
 
 A pair of settings is tested by itself: of twenty such tests one may fail by chance.
 
-units   loss in nats a token; seconds of training steps alone; memory in bytes, the peak of a run's process or GPU
+units   loss in nats a token or a row; seconds of training steps alone; memory in bytes, the peak of a run's process
+        or GPU
 source  Welch 1947, Biometrika 34, 28-35
 """
 
@@ -19,9 +21,15 @@ from statistics import mean, stdev
 from typing import Any
 
 from .study_file import Setting, Study
-from .wording import duration, number, plural
+from .wording import duration, number, percent, plural, signed
 
-SCORES = ("selection", "loss", "exact_match", "seconds", "memory", "base_loss")
+LOSS, MATCH = "loss", "exact_match"
+SCORES = ("selection", LOSS, MATCH, "seconds", "memory", "base_loss")
+TEXT_UNIT = "nats a token"
+UNITS = {
+    "nats/row": "nats a row",
+    "squared": "squared error",
+}  # of a classifier's loss, as its evaluation has it
 CHOSEN, WITHIN, BETTER, WORSE = "chosen", "within the seeds' spread", "better", "worse"
 ONE_RUN = "one run: no spread"
 GIGABYTE = 1e9
@@ -49,6 +57,8 @@ def row_of(study: Study, setting: Setting, runs: Sequence[Mapping[str, Any]]) ->
         "failed": [{"seed": run["seed"], "why": run["message"]} for run in runs if run["status"] == "failed"],
         "open": sum(run["status"] == "open" for run in runs),
         "published": study.file.published.get(setting.name, {}),
+        "main": finished[0]["main"] if finished else None,
+        "unit": finished[0]["unit"] if finished else None,
     }
     for key in SCORES:
         row[key] = summary([run[key] for run in finished if run.get(key) is not None])
@@ -58,9 +68,13 @@ def row_of(study: Study, setting: Setting, runs: Sequence[Mapping[str, Any]]) ->
 
 
 def task_summary(name: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A benchmark's metric over the seeds; share says whether it is one."""
+    """A benchmark's or a classifier's metric over the seeds; share says whether it is one.
+
+    base  the mean of what the base has, or a classifier that does not read the text
+    """
     cells = [run["tasks"][name] for run in runs if name in run["tasks"]]
-    return {**(summary([cell["value"] for cell in cells]) or {}), "share": cells[0]["share"]}
+    base = {"base": mean(cell["base"] for cell in cells)} if all("base" in cell for cell in cells) else {}
+    return {**(summary([cell["value"] for cell in cells]) or {}), "share": cells[0]["share"]} | base
 
 
 def summary(values: Sequence[float]) -> dict[str, Any] | None:
@@ -74,24 +88,52 @@ def summary(values: Sequence[float]) -> dict[str, Any] | None:
     }
 
 
+def main_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the settings are compared by."""
+    return next((row["main"] for row in rows if row.get("main")), LOSS)
+
+
+def unit_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Of the loss."""
+    return next((UNITS[row["unit"]] for row in rows if row.get("unit") in UNITS), TEXT_UNIT)
+
+
+def measures(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the final rows were scored by: what the settings are compared by stands first."""
+    main = main_of(rows)
+    others = [MATCH] * any(row[MATCH] for row in rows) + tasks_of(rows) + [LOSS]
+    return [main, *(name for name in others if name != main)]
+
+
+def measured(row: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A score of the final rows over the seeds; empty where there is none."""
+    found = row[name] if name in (LOSS, MATCH) else row["tasks"].get(name)
+    return {"share": name == MATCH} | found if found else {}
+
+
 def choose(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The row with the lowest loss on the selection rows, of those whose runs are all finished."""
+    """The row with the best mean on the selection rows, of those whose runs are all finished."""
+    sign = 1 if main_of(rows) == LOSS else -1
     whole = [row for row in rows if row["selection"] and not row["failed"] and not row["open"]]
-    return min(whole, key=lambda row: row["selection"]["mean"], default=None)
+    return min(whole, key=lambda row: sign * row["selection"]["mean"], default=None)
 
 
 def verdict(row: Mapping[str, Any], chosen: Mapping[str, Any] | None) -> str:
-    """A row's final loss beside the chosen one's, in words."""
+    """A row's final score beside the chosen one's, in words."""
     if chosen is None or row["loss"] is None:
         return ""
     if row is chosen:
         return CHOSEN
-    ours, theirs = row["loss"]["values"], chosen["loss"]["values"]
+    main = main_of([chosen])
+    ours, theirs = (measured(one, main)["values"] for one in (row, chosen))
     if len(ours) < 2 or len(theirs) < 2:
         return ONE_RUN
-    if welch(*([math.log(max(loss, TINY)) for loss in side] for side in (ours, theirs))) >= 0.05:
+    sides = [ours, theirs]
+    if main == LOSS:
+        sides = [[math.log(max(loss, TINY)) for loss in side] for side in sides]
+    if welch(*sides) >= 0.05:
         return WITHIN
-    return BETTER if mean(ours) < mean(theirs) else WORSE
+    return BETTER if (mean(ours) < mean(theirs)) == (main == LOSS) else WORSE
 
 
 def welch(a: Sequence[float], b: Sequence[float]) -> float:
@@ -124,10 +166,13 @@ def sentences(rows: Sequence[dict[str, Any]], sizes: Mapping[str, int]) -> list[
     chosen = choose(rows)
     said = []
     if chosen is not None:
-        over = plural(len(chosen["seeds"]), "seed")
+        over, main = plural(len(chosen["seeds"]), "seed"), main_of(rows)
+        best = "lowest loss" if main == LOSS else f"highest {main}"
+        value = shown(chosen["selection"], share=is_share(chosen, main))
+        value += f" {unit_of(rows)}" if main == LOSS else ""
         said.append(
-            f"Chosen: {chosen['name']}. Over {over} it has the lowest loss on the {sizes['selection']} selection "
-            f"rows, {shown(chosen['selection'])} nats a token."
+            f"Chosen: {chosen['name']}. Over {over} it has the {best} on the {sizes['selection']} selection "
+            f"rows, {value}."
         )
         said.append(final_words(chosen, sizes))
         said += beside(rows, chosen)
@@ -138,12 +183,12 @@ def sentences(rows: Sequence[dict[str, Any]], sizes: Mapping[str, int]) -> list[
 
 
 def final_words(chosen: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
-    match = chosen["exact_match"]
-    base = chosen["base_loss"]
-    words = (
-        f"On the {sizes['final']} final rows, which no choice has seen, its loss is {shown(chosen['loss'])}"
-    )
-    words += f", the base's {number(base['mean'])}" if base else ""
+    main, match = main_of([chosen]), chosen[MATCH]
+    score, share = measured(chosen, main), is_share(chosen, main)
+    base = chosen["base_loss"]["mean"] if main == LOSS else score["base"]
+    other = "base" if unit_of([chosen]) == TEXT_UNIT else "constant answer"
+    words = f"On the {sizes['final']} final rows, which no choice has seen, its {main} is "
+    words += f"{shown(score, share=share)}, the {other}'s {percent(base) if share else number(base)}"
     return words + (f"; {shown(match, share=True)} of the answers are exact." if match else ".")
 
 
@@ -168,13 +213,20 @@ def beside(rows: Sequence[dict[str, Any]], chosen: Mapping[str, Any]) -> list[st
 
 
 def apart(row: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
-    change = row["loss"]["mean"] - chosen["loss"]["mean"]
-    return ("+" if change > 0 else "") + number(change, 2)
+    main = main_of([chosen])
+    change = measured(row, main)["mean"] - measured(chosen, main)["mean"]
+    if is_share(chosen, main):
+        return signed(100.0 * change, 2) + " points"
+    return signed(change, 2)
+
+
+def is_share(row: Mapping[str, Any], name: str) -> bool:
+    return bool(measured(row, name).get("share"))
 
 
 def shown(cell: Mapping[str, Any] | None, *, share: bool = False) -> str:
     """A mean with its standard deviation over seeds."""
-    if cell is None:
+    if not cell:
         return ""
     scale = 100.0 if share else 1.0
     text = number(float(cell["mean"]) * scale, 3 if share else 4)
@@ -185,7 +237,9 @@ def shown(cell: Mapping[str, Any] | None, *, share: bool = False) -> str:
 
 def columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What stands over `cells`."""
-    head = ["setting", "trained", "selection loss", "final loss", "exact match", *tasks_of(rows)]
+    main, *others = measures(rows)
+    head = ["setting", "trained", f"selection {main}", f"final {main}"]
+    head += ["final loss" if name == LOSS else name.replace("_", " ") for name in others]
     head += ["time", "peak", "beside the chosen"]
     return [*head, "published"] if any(row["published"] for row in rows) else head
 
@@ -200,12 +254,9 @@ def cells(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str
     line = [
         row["name"],
         f"{row['trainable']:,}" if row["trainable"] is not None else "",
-        shown(row["selection"]),
-        shown(row["loss"]),
-        shown(row["exact_match"], share=True),
+        shown(row["selection"], share=is_share(row, main_of(rows))),
     ]
-    scored = (row["tasks"].get(name) for name in tasks_of(rows))
-    line += [shown(cell, share=bool(cell and cell["share"])) for cell in scored]
+    line += [shown(measured(row, name), share=is_share(row, name)) for name in measures(rows)]
     line += [
         duration(seconds["mean"]) if seconds else "",
         f"{max(memory['values']) / GIGABYTE:.2f} GB" if memory else "",

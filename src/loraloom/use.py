@@ -46,6 +46,7 @@ class Opened:
     adapters: Adapters | None
     style: Style
     run: Run | None = None
+    offline: bool = False
 
     @property
     def model(self) -> Any:
@@ -74,7 +75,8 @@ class Opened:
             | {"limit": None, "max_length": "auto", "max_lost": 0.999, "duplicates": "keep"}
         )
         limit = context_length(self.model) or UNLIMITED
-        return prepare(config, self.tokenizer, model_max_length=limit, progress=False).train
+        how: dict[str, Any] = {"model_max_length": limit, "offline": self.offline, "progress": False}
+        return prepare(config, self.tokenizer, **how).train
 
 
 def held_out(target: str, run: Run | None) -> Examples:
@@ -162,7 +164,8 @@ def open_target(
             hint=f"measure it: loraloom eval {target}",
         )
     loaded, adapters = load_found(found, dtype or found.dtype, offline=offline)
-    return Opened(str(target), loaded, adapters, style_of(found.adapter or Path(target), loaded), found.run)
+    style = style_of(found.adapter or Path(target), loaded)
+    return Opened(str(target), loaded, adapters, style, found.run, offline)
 
 
 def load_found(found: Found, dtype: str | None, *, offline: bool) -> tuple[Loaded, Adapters | None]:
@@ -275,7 +278,8 @@ def measure_labels(found: Found, *, data: str | None, dtype: str | None, offline
     if data is not None:
         given = run.config.data if run is not None else DataConfig(train=[Source(path=data)])
         limit = longest_input(loaded.model, loaded.tokenizer)
-        examples, issues = read_labelled(data, given, labels, loaded.tokenizer, model_max_length=limit)
+        how: dict[str, Any] = {"model_max_length": limit, "offline": offline}
+        examples, issues = read_labelled(data, given, labels, loaded.tokenizer, **how)
         left_out = len({issue.row for issue in issues if issue.kind in LOST})
     else:
         examples = held_labelled(found)

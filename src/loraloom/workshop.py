@@ -152,7 +152,9 @@ def build(
 
     raises  UserError, DataError: whatever of the settings, the data or the model does not fit
     """
-    check_sources(config.data)  # a wrong path or method is said before a large model is loaded
+    check_sources(
+        config.data, offline=offline
+    )  # a wrong path or method is said before a large model is loaded
     method = spec_of(config).make()
     loaded = load_model(config.model, keep=config.modules_to_save, offline=offline, progress=progress)
     prepared = prepare(
@@ -161,6 +163,7 @@ def build(
         model_max_length=(context_length(loaded.model) or UNLIMITED) - sum(method.inserts()),
         seed=config.train.seed,
         cache=cache,
+        offline=offline,
         progress=progress,
     )
     if not prepared.train.targets.any():

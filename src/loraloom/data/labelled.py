@@ -26,7 +26,6 @@ from .label_report import LabelReport
 from .labels import Columns, Labels, find_columns, is_missing, labels_of
 from .pipeline import CHUNK, bar, empty
 from .problems import Problems, first, rows
-from .read import locate
 from .report import Issue, SourceReport, gather, statistics
 from .select import check_lost, choose_max_length, longer, set_aside, without_leaks
 from .sources import Place, is_hub, sources_of, tables_of
@@ -61,27 +60,26 @@ class Read:
     items: list[tuple[str, str, str | None, Any]] = field(default_factory=list)
 
 
-def places_of(config: DataConfig) -> list[Place]:
+def places_of(config: DataConfig, *, offline: bool = False) -> list[Place]:
     """The sources of a run with labels; a GLUE task brings its validation split."""
     tasks = [task_named(source.path) for source in config.train]
     glue = next((at for at, task in enumerate(tasks) if task is not None), None)
     named = config.model_copy(update={"train": [on_hub(source) for source in config.train]})
-    places = sources_of(named)
+    places = sources_of(named, offline=offline)
     if glue is not None and not isinstance(config.eval, str) and config.eval:
         held_out = tasks[glue].held_out  # type: ignore[union-attr]
         source = named.train[glue].model_copy(update={"split": held_out, "repeat": 1})
-        places.append(Place(source, "eval", f"{source.path}[{held_out}]"))
+        places.append(Place(source, "eval", f"{source.path}[{held_out}]", offline))
     return places
 
 
-def check_labelled_sources(config: DataConfig) -> None:
-    """Look whether every local file is there, before anything expensive is done.
+def check_labelled_sources(config: DataConfig, *, offline: bool = False) -> None:
+    """Look whether every source that needs no network is there, before anything expensive is done.
 
     raises  DataError if one is not, or there is no such GLUE task
     """
-    for place in places_of(config):
-        if not is_hub(place.source):
-            locate(place.source.path)
+    for place in places_of(config, offline=offline):
+        place.check()
 
 
 def glue_task(config: DataConfig) -> Any:
@@ -90,13 +88,19 @@ def glue_task(config: DataConfig) -> Any:
 
 
 def prepare_labels(
-    config: DataConfig, tokenizer: Any, *, model_max_length: int, seed: int = 0, progress: bool = True
+    config: DataConfig,
+    tokenizer: Any,
+    *,
+    model_max_length: int,
+    seed: int = 0,
+    offline: bool = False,
+    progress: bool = True,
 ) -> Labelled:
     """Read, tokenise, select: what `prepare` does for text.
 
     raises  DataError for everything that is wrong with the data
     """
-    sources = read_all(places_of(config), config)
+    sources = read_all(places_of(config, offline=offline), config)
     values = [
         (row, label) for source in sources if source.place.use == "train" for row, *_, label in source.items
     ]
@@ -111,16 +115,22 @@ def prepare_labels(
 
 
 def read_file(
-    path: str, config: DataConfig, labels: Labels, tokenizer: Any, *, model_max_length: int
+    path: str,
+    config: DataConfig,
+    labels: Labels,
+    tokenizer: Any,
+    *,
+    model_max_length: int,
+    offline: bool = False,
 ) -> tuple[LabelledExamples, list[Issue]]:
     """The rows of one more file with labels that are known; what is too long for the model is left out, and said.
 
     raises  DataError for rows without a text or with another label
     """
     if task_named(path) is not None:
-        found = places_of(DataConfig(train=[Source(path=path)]))
+        found = places_of(DataConfig(train=[Source(path=path)]), offline=offline)
     else:
-        found = places_of(config.model_copy(update={"eval": path}))
+        found = places_of(config.model_copy(update={"eval": path}), offline=offline)
     places = [place for place in found if place.use == "eval"]
     issues: list[Issue] = []
     drafts = drafts_of(read_all(places, config), labels, tokenizer, issues, progress=False)

@@ -16,10 +16,9 @@ from ..config import DataConfig
 from ..errors import DataError
 from . import cache as store
 from .examples import Draft, Examples
-from .read import locate
 from .report import DataReport, Issue, gather, statistics
 from .select import check_lost, choose_max_length, deduplicate, limit_length, set_aside, without_leaks
-from .sources import ReadSource, fingerprint, is_hub, read_all, sources_of
+from .sources import ReadSource, fingerprint, read_all, sources_of
 from .template import Style, Writer, resolve_style
 from .tokens import Encoded, encode_scripts, first_tokens
 from .turns import Conversation, Dropped
@@ -36,14 +35,13 @@ class Prepared:
     report: DataReport
 
 
-def check_sources(config: DataConfig) -> None:
-    """Look whether every local file is there and can be read, before anything expensive is done.
+def check_sources(config: DataConfig, *, offline: bool = False) -> None:
+    """Look whether every source that needs no network is there, before anything expensive is done.
 
-    raises  DataError if one cannot
+    raises  DataError if one is not
     """
-    for place in sources_of(config):
-        if not is_hub(place.source):
-            locate(place.source.path)
+    for place in sources_of(config, offline=offline):
+        place.check()
 
 
 def prepare(
@@ -53,6 +51,7 @@ def prepare(
     model_max_length: int,
     seed: int = 0,
     cache: Path | None = None,
+    offline: bool = False,
     progress: bool = True,
 ) -> Prepared:
     """Read the data, and tokenise it with its loss mask.
@@ -61,11 +60,12 @@ def prepare(
     model_max_length  the most tokens that the model takes
     seed              of the split into training and validation
     cache             a folder for prepared data; the same files and settings are then not tokenised again
+    offline           take Hugging Face sets from their cache, and make no request
     progress          show a bar on stderr, if that is a terminal
 
     raises  DataError for everything that is wrong with the data; Failure if the cache cannot be written
     """
-    places = sources_of(config)
+    places = sources_of(config, offline=offline)
     folder = None
     if cache is not None:
         settings = [config.model_dump(mode="json"), seed, model_max_length]

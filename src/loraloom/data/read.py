@@ -55,18 +55,28 @@ class Table:
     columns: list[str]
 
 
-def read_table(path: str, *, split: str, encoding: str, limit: int | None, label: str | None = None) -> Table:
+def read_table(
+    path: str,
+    *,
+    split: str,
+    encoding: str,
+    limit: int | None,
+    label: str | None = None,
+    offline: bool = False,
+) -> Table:
     """Read one source.
 
-    path   a file, or hf:ID of a Hugging Face data set, hf:ID:CONFIG for one of its configurations
-    split  of a Hugging Face set, such as train[:100]
-    limit  stop after so many rows
-    label  how a row's place names the file; its name if None
+    path     a file, or hf:ID of a Hugging Face data set, hf:ID:CONFIG for one of its configurations
+    split    of a Hugging Face set, such as train[:100]
+    limit    stop after so many rows
+    label    how a row's place names the file; its name if None
+    offline  take a Hugging Face set from the cache
 
     raises  DataError if it is missing, cannot be decoded or parsed; all broken lines at once
     """
     name = label or (path if path.startswith("hf:") else Path(path).name)
-    found = hf_rows(path, split) if path.startswith("hf:") else file_rows(locate(path), encoding)
+    hub = path.startswith("hf:")
+    found = hf_rows(path, split, offline=offline) if hub else file_rows(locate(path), encoding)
     rows = [Row(f"{name}:{place}", fields) for place, fields in islice(found, limit)]
     columns = list(dict.fromkeys(key for row in rows for key in row.fields))
     return Table(path, rows, columns)

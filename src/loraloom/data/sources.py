@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..config import DataConfig, Source
 from ..errors import DataError
@@ -13,6 +14,7 @@ from .problems import Problems
 from .read import Table, locate, read_table
 from .report import SourceReport
 from .shapes import Shape, detect
+from .tables import hf_set
 from .turns import Conversation, Dropped, conversations
 
 
@@ -23,15 +25,25 @@ class Place:
     source: Source
     use: str  # train or eval
     label: str  # how a row's place names it
+    offline: bool = False  # a Hugging Face set comes from the cache
     table: Table | None = None
+
+    def check(self) -> None:
+        """Look whether it is there; a Hugging Face set only where it must be in the cache.
+
+        raises  DataError if it is not
+        """
+        if not is_hub(self.source):
+            locate(self.source.path)
+        elif self.offline:
+            hf_set(self.source.path, self.source.split, offline=True)
 
     def read(self, config: DataConfig, limit: int | None) -> Table:
         """The first rows of the source; read once."""
         if self.table is None:
             path, split = self.source.path, self.source.split
-            self.table = read_table(
-                path, split=split, encoding=config.encoding, limit=limit, label=self.label
-            )
+            how: dict[str, Any] = {"encoding": config.encoding, "limit": limit, "label": self.label}
+            self.table = read_table(path, split=split, offline=self.offline, **how)
         table = self.table
         return table if limit is None else Table(table.name, table.rows[:limit], table.columns)
 
@@ -61,7 +73,7 @@ class ReadSource:
         )
 
 
-def sources_of(config: DataConfig) -> list[Place]:
+def sources_of(config: DataConfig, *, offline: bool = False) -> list[Place]:
     """Every source, with a label for its rows: the file's name, or its path where two names are equal.
 
     A Hugging Face set that is named by data.eval is read from its split `validation`.
@@ -76,7 +88,7 @@ def sources_of(config: DataConfig) -> list[Place]:
         f"{name}[{source.split}]" if is_hub(source) else name if names.count(name) == 1 else source.path
         for name, (source, _) in zip(names, pairs)
     ]
-    return [Place(source, use, label) for label, (source, use) in zip(labels, pairs)]
+    return [Place(source, use, label, offline) for label, (source, use) in zip(labels, pairs)]
 
 
 def is_hub(source: Source) -> bool:
