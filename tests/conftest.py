@@ -54,13 +54,23 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("base") / "model")
 
 
+@pytest.fixture
+def users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's own cache, so that nothing is fetched twice."""
+    use_own(monkeypatch)
+
+
+def use_own(patch: pytest.MonkeyPatch) -> None:
+    patch.delenv("LORALOOM_CACHE")
+    if USERS_CACHE is not None:
+        patch.setenv("LORALOOM_CACHE", USERS_CACHE)
+
+
 @pytest.fixture(scope="session")
 def real_model() -> Path:
     """The folder of the real small model in the user's own cache; made there if it is not there yet."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("LORALOOM_CACHE")
-        if USERS_CACHE is not None:
-            patch.setenv("LORALOOM_CACHE", USERS_CACHE)
+        use_own(patch)
         return small_model(progress=False)
 
 

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import csv
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import USERS_CACHE
 
 from loraloom import api, small_model, use
 
@@ -20,28 +18,17 @@ pytestmark = pytest.mark.slow
 TRAINED, HELD_OUT = 2000, 500
 
 
-@pytest.fixture(scope="module")
-def cache() -> Iterator[None]:
-    """The user's own, so that nothing is fetched twice."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("LORALOOM_CACHE")
-        if USERS_CACHE is not None:
-            patch.setenv("LORALOOM_CACHE", USERS_CACHE)
-        yield
-
-
-@pytest.fixture(scope="module")
-def told(cache: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+@pytest.fixture
+def told(users_cache: None, tmp_path: Path) -> tuple[Path, Path]:
     """Two files: 2,000 tweets to train on and 500 others."""
     items = small_model.tweets()
     assert len(items) == 22_812
     random.Random(0).shuffle(items)
-    folder = tmp_path_factory.mktemp("tweets")
     parts = {"train": items[:TRAINED], "held": items[TRAINED : TRAINED + HELD_OUT]}
     for name, part in parts.items():
-        with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+        with (tmp_path / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("text", "label"), *part])
-    return folder / "train.csv", folder / "held.csv"
+    return tmp_path / "train.csv", tmp_path / "held.csv"
 
 
 def test_tweets_are_told_apart(told: tuple[Path, Path], tmp_path: Path) -> None:

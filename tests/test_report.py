@@ -202,13 +202,13 @@ def test_comparison_shows_only_what_differs(tmp_path: Path) -> None:
         finished_run(tmp_path / "r16", {"r": 16}),
         finished_run(tmp_path / "r64", {"r": 64, "train.learning_rate": 1e-4}, floor=1.0, seed=1),
     ]
-    _, page = read(compare(runs, tmp_path / "compare.html"))
+    _, page = read(Path(compare(runs, tmp_path / "compare.html")["report"]))
     text = " ".join(page.text.split())
     settings = text[text.index("Settings that differ") : text.index("Curves")]
     assert "r 16 64" in settings
     assert "train.learning_rate auto 0.0001" in settings
     assert not any(name in settings for name in ("train.seed", "output", "model.id", "dropout"))
-    assert "r64 has the lowest held-out loss" in text
+    assert "The best loss (held-out) is within noise: r16 (1.187 ± 0.021) and r64 (1.187 ± 0.021)" in text
     assert page.downloads["held-out.csv"].splitlines()[0] == "step,r16,r64"
 
 
@@ -217,7 +217,7 @@ def test_comparison_of_like_names_failed_runs_and_one(tmp_path: Path) -> None:
         make_run(tmp_path / "a" / EVIL.replace("/", "")),
         make_run(tmp_path / "b" / EVIL.replace("/", "")),
     ]
-    _, page = read(compare(runs, tmp_path / "out.html"))
+    _, page = read(Path(compare(runs, tmp_path / "out.html")["report"]))
     assert "img" not in page.tags
     assert "None: the runs have the same settings." in page.text
     assert "a/<script>" in page.text

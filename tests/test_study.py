@@ -424,7 +424,12 @@ def test_tasks_are_scored_when_a_run_is_finished(quick: None, tiny: dict[str, An
     kept = Run(tmp_path / "out" / run["run"]).read("eval/tasks.json", {})
     assert kept["settings"]["limit"] == 3
     assert run["tasks"] == {
-        row["metric"]: {"value": row["tuned"]["value"], "base": 0.0, "share": True} for row in kept["rows"]
+        row["metric"]: {
+            "value": row["tuned"]["value"],
+            "base": row["base"]["value"],
+            "share": True,
+        }
+        for row in kept["rows"]
     }
     (row,) = record["table"]
     (name,) = row["tasks"]
@@ -586,7 +591,7 @@ def made(name: str, seed: int, selection: float, loss: float, **more: Any) -> di
         "message": None,
     }
     found |= {"selection": selection, "loss": loss, "exact_match": 0.5, "seconds": 2.0, "memory": 10**9}
-    return found | {"base_loss": 2.0, "trainable": 10} | more
+    return found | {"base_loss": 2.0, "trainable": 10, "main": "loss", "unit": "nats/token"} | more
 
 
 @pytest.fixture
@@ -692,10 +697,9 @@ def test_the_command_makes_a_study(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(shipped()))
-def test_the_small_presets_counts(real_model: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loraloom.study_plan.folder_of", lambda config, offline: real_model)
+def test_the_small_presets_counts(real_model: Path, users_cache: None, name: str) -> None:
     found = read_study(name, "small")
-    plans = plan_study(found, memory=False, offline=True)
+    plans = plan_study(found, memory=False)
     assert {one.name: one.trainable for one in plans} == found.file.expected
 
 

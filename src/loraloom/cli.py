@@ -403,13 +403,20 @@ def chat(
 )
 @with_json
 def report(runs: tuple[str, ...], output: str, as_json: bool) -> Any:
-    """Write a run's page again, or one page that compares several runs."""
+    """Write a run's page again, or one page that compares several runs.
+
+    Compared are all that the runs were measured at (`loraloom eval`, with --tasks and --metrics too), what they cost,
+    and the settings that differ; --json has the same.
+    """
     from . import report as page
     from .rundir import Run
 
     opened = [Run.open(path) for path in runs]
-    path = page.build_report(opened[0]) if len(opened) == 1 else page.compare(opened, Path(output))
-    return {"report": str(path)} if as_json else click.echo(str(path))
+    if len(opened) == 1:
+        found: dict[str, Any] = {"report": str(page.build_report(opened[0]))}
+    else:
+        found = page.compare(opened, Path(output))
+    return found if as_json else click.echo(found["report"])
 
 
 @cli.command()

@@ -28,7 +28,7 @@ from .adapter_files import is_peft_folder
 from .adapter_fill import same
 from .adapter_io import load_adapter, read_tensors
 from .bank import Bank
-from .classifier import head_names
+from .classifier import head_names, meta_classifier
 from .data import Labels
 from .disk_names import Names, tied_names
 from .errors import NonFinite, UserError

@@ -5,24 +5,22 @@ The page needs no network and nothing beside it: style, drawings and CSV files s
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from . import inspect_page, sections
-from .config import flatten
-from .curves import is_number, loss_chart, metric_chart, overlay, series, small_charts, smooth
+from .comparison import comparison, groups
+from .curves import Chart, loss_chart, metric_chart, overlay, series, small_charts, smooth
 from .environment import now, version
 from .errors import UserError
 from .files import write_text
-from .results import Result, result
+from .results import result
 from .rundir import Run
 from .verdict import light, method, tiles, verdict
-from .wording import MISSING, amount, day, duration, number, percent, size
+from .wording import day, number
 
 TEMPLATES = Path(__file__).parent / "templates"
-SAME_WHATEVER = ("output",)  # settings that differ between any two runs and say nothing
 
 
 def build_report(run: Run) -> Path:
@@ -84,109 +82,45 @@ def unit(run: Run) -> str:
     return "nats per row" if sections.labels(run) else "squared error"
 
 
-def compare(runs: list[Run], out: Path) -> Path:
-    """Write a page that lays runs over each other: results, curves, and the settings that differ.
+def compare(runs: list[Run], out: Path) -> dict[str, Any]:
+    """Write a page that lays runs over each other: what was measured, curves, and the settings that differ.
+
+    returns  the same as plain values, and the page's path as "report"
 
     raises  UserError for fewer than two runs, or if matplotlib or jinja2 is missing
     """
     if len(runs) < 2:
         raise UserError("a comparison needs at least two runs", hint="loraloom report RUN RUN [RUN ...]")
-    out = Path(out)
-    write_text(out, render("compare.html.j2", compare_content(runs)))
-    return out
+    found = comparison(runs)
+    write_text(Path(out), render("compare.html.j2", compare_content(runs, found)))
+    return {"report": str(out)} | found
 
 
-def compare_content(runs: Sequence[Run]) -> dict[str, Any]:
+def compare_content(runs: Sequence[Run], found: dict[str, Any]) -> dict[str, Any]:
     """What the comparison's template shows."""
-    names = labels([run.path for run in runs])
-    outcomes = [result(run) for run in runs]
-    held = [(name, *series(run.metrics("eval"), "loss")) for name, run in zip(names, runs)]
-    train = []
-    for name, run in zip(names, runs):
-        x, y = series(run.metrics("train"), "loss")
-        train.append((name, x, smooth(y)))
-    charts = [
-        overlay("held-out", "Held-out loss", unit(runs[0]), held),
-        overlay("train", "Train loss, smoothed", unit(runs[0]), train),
-    ]
-    return {
+    names = found["names"]
+    return found | {
         "title": f"{len(runs)} runs compared",
-        "names": names,
-        "summary": ranking(names, outcomes),
-        "lights": [light(run, outcome) for run, outcome in zip(runs, outcomes)],
-        "results": results_table(outcomes),
-        "differences": differences(runs),
-        "charts": [chart for chart in charts if chart.count],
+        "lights": [light(run, result(run)) for run in runs],
+        "groups": groups(found["measurements"]),
+        "charts": [chart for chart in curves_of(runs, names) if chart.count],
     }
 
 
-def ranking(names: Sequence[str], outcomes: Sequence[Result]) -> str:
-    """One sentence: which run is best, and by how much."""
-    measured = [(o.best_loss, name) for name, o in zip(names, outcomes) if o.best_loss is not None]
-    if len(measured) < 2:
-        return "Fewer than two of these runs have a held-out loss, so none is called the best."
-    (first, best), (second, next_) = sorted(measured)[:2]
-    if first == second:
-        return f"{best} and {next_} have the same held-out loss, {number(first)} nats per token."
-    ahead = number(second - first, 2)
-    return (
-        f"{best} has the lowest held-out loss, {number(first)} nats per token, {ahead} below {next_}. "
-        "Held-out losses compare only where the held-out rows are the same; "
-        "a difference as small as between two seeds is noise."
-    )
-
-
-def results_table(outcomes: Sequence[Result]) -> list[dict[str, Any]]:
-    """Rows of a label and, for each run, (text, whether it is the best); what no run measured is left out."""
-    wanted: list[tuple[str, str, Any, bool | None]] = [  # field, label, wording, lower is better
-        ("best_loss", "best held-out loss", number, True),
-        ("base_loss", "base loss", number, None),
-        ("best_step", "best step", number, None),
-        ("exact_match", "exact match", percent, False),
-        ("steps", "steps", number, None),
-        ("seconds", "time", duration, True),
-        ("speed", "tokens per second", lambda value: number(value, 3), False),
-        ("memory", "peak memory", size, True),
-        ("trainable", "trained weights", amount, None),
-    ]
-    rows = []
-    for field, label, wording, lower in wanted:
-        values = [getattr(outcome, field) for outcome in outcomes]
-        numbers = [value for value in values if is_number(value)]
-        if not numbers:
-            continue
-        best = None if lower is None or len(set(numbers)) < 2 else min(numbers) if lower else max(numbers)
-        cells = [
-            (wording(value) if value is not None else MISSING, best is not None and value == best)
-            for value in values
-        ]
-        rows.append({"label": label, "cells": cells})
-    return rows
-
-
-def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """The settings that are not the same in all runs: name, and the value in each."""
-    trees = [flatten(run.config.model_dump(mode="json")) for run in runs]
-    names = [
-        name for name in dict.fromkeys(name for tree in trees for name in tree) if name not in SAME_WHATEVER
-    ]
-    rows = [
-        (name, [sections.yaml_text(tree[name]) if name in tree else MISSING for tree in trees])
-        for name in names
-    ]
-    return [(name, values) for name, values in rows if len(set(values)) > 1]
-
-
-def labels(paths: Sequence[Path]) -> list[str]:
-    """Each folder's name, with as many parents as tell them apart; the same folder twice is numbered."""
-    parts = [Path(os.path.abspath(path)).parts for path in paths]
-    for count in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-count:]) for part in parts]
-        if len(set(names)) == len(set(parts)):
-            break
+def curves_of(runs: Sequence[Run], names: Sequence[str]) -> list[Chart]:
+    """The losses of all runs over their steps, and what classifiers were measured by."""
+    units = ", or ".join(dict.fromkeys(unit(run) for run in runs))
+    metrics = dict.fromkeys(run.config.eval.best for run in runs if run.config.task == "classification")
+    held = [(name, run.metrics("eval")) for name, run in zip(names, runs)]
+    train = [(name, *series(run.metrics("train"), "loss")) for name, run in zip(names, runs)]
     return [
-        f"{name} ({names[: i + 1].count(name)})" if names.count(name) > 1 else name
-        for i, name in enumerate(names)
+        *(
+            overlay(metric, f"Held-out {metric}", "", [(name, *series(one, metric)) for name, one in held])
+            for metric in metrics
+            if metric not in ("auto", "loss")
+        ),
+        overlay("held-out", "Held-out loss", units, [(name, *series(one, "loss")) for name, one in held]),
+        overlay("train", "Train loss, smoothed", units, [(name, x, smooth(y)) for name, x, y in train]),
     ]
 
 

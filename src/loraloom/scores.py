@@ -166,7 +166,7 @@ def paired_rows(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> list[dict[
                 "score": score.metric,
                 "unit": "share" if score.is_share else "",
                 "items": score.items,
-                "lower_is_better": score.higher is False,
+                "lower_is_better": None if score.higher is None else not score.higher,
                 "base": score.to_cell(),
                 "tuned": after[key].to_cell(),
                 "change": change.value,

@@ -239,7 +239,7 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What stands over `cells`."""
     main, *others = measures(rows)
     head = ["setting", "trained", f"selection {main}", f"final {main}"]
-    head += ["final loss" if name == LOSS else name.replace("_", " ") for name in others]
+    head += [{LOSS: "final loss", MATCH: "exact match"}.get(name, name) for name in others]
     head += ["time", "peak", "beside the chosen"]
     return [*head, "published"] if any(row["published"] for row in rows) else head
 
