@@ -109,6 +109,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "studies": studies,
     "study_layers": partial(study, "layers"),
     "study_rank": partial(study, "rank"),
+    "study_classification": partial(study, "classification"),
     "latency": forward_times,
     "full_finetuning": full,
 }

@@ -53,9 +53,9 @@ def comparison(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def measurements(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """A row for each metric of each table that some run has, in the order met; training's own first."""
+    """A row for each metric of each table that some run has: training's own, the held-out rows, the others as met."""
     tables = [[training_table(run), *evaluations(run)] for run in runs]
-    order = [*dict.fromkeys(table["name"] for own in tables for table in own)]
+    order = dict.fromkeys([TRAINING, HELD_OUT, *(table["name"] for own in tables for table in own)])
     rows = []
     for name in order:
         held = [next((table for table in own if table["name"] == name), None) for own in tables]
