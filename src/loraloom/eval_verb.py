@@ -48,7 +48,8 @@ def run(targets: Sequence[str], options: dict[str, Any], console: Console, *, as
 def of_held_out(targets: Sequence[str], options: dict[str, Any], console: Console, *, as_json: bool) -> Any:
     if len(targets) > 1:
         raise UserError(
-            "several runs are compared by --tasks", hint="loraloom report RUN RUN compares losses"
+            "several runs are compared by --tasks",
+            hint="loraloom report RUN RUN compares what they were measured at",
         )
     count = options.pop("answers")
     options["num_answers"] = 200 if count is None else count
