@@ -638,9 +638,9 @@ def test_the_same_from_python(model_folder: Path, data_file: Path, tmp_path: Pat
     assert (first.path / "adapter/adapter_model.safetensors").read_bytes() == (
         second.path / "adapter/adapter_model.safetensors"
     ).read_bytes()
-    assert told[0] == "workshop"
+    assert told[:4] == ["fact", "fact", "fact", "workshop"]  # the model, the data, the method
     assert told[-1] == "end"
-    assert set(told) == {"workshop", "step", "eval", "sample", "checkpoint", "end"}
+    assert set(told) == {"fact", "workshop", "step", "eval", "sample", "checkpoint", "end"}
     result = api.evaluate(second.path, num_answers=0, offline=True)
     assert result["settings"]["examples"] == 4
 

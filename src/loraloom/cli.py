@@ -15,6 +15,7 @@ from rich.text import Text
 from . import console
 from .config import parse_setting
 from .errors import INTERRUPTED, Failure, OutOfMemory, UserError
+from .progress import starting
 from .verbs import cli, model_option, offline_option, with_json
 
 
@@ -210,9 +211,10 @@ def plan(
     file, chosen = given(config, config_file, seed, settings, named)
     chosen |= {"model": shape} if shape else {}
     chosen |= {"train.micro_tokens": tokens} if tokens else {}
-    from . import api
-
     progress = not (quiet or as_json)
+    with starting(shown=progress):
+        from . import api
+
     made = api.plan(
         file,
         shape=shape,
@@ -245,7 +247,8 @@ def train(
     if list_settings:
         return show_settings(as_json, named["method"])
     file, chosen = given(config, config_file, seed, settings, named)
-    from . import api
+    with starting(shown=not (quiet or as_json)):
+        from . import api
 
     view = console.TrainView(quiet=quiet or as_json)
     run = api.train(file, listen=view, offline=offline, progress=not (quiet or as_json), settings=chosen)
@@ -271,7 +274,8 @@ def show_settings(as_json: bool, method: str | None) -> Any:
 @with_json
 def resume(run: str, offline: bool, quiet: bool, as_json: bool) -> Any:
     """Go on with a run that was stopped or killed, as if it had not been."""
-    from . import api
+    with starting(shown=not (quiet or as_json)):
+        from . import api
 
     view = console.TrainView(quiet=quiet or as_json)
     return finish(
