@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Lock
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -49,18 +50,24 @@ def nothing() -> None:
     """What is called where nobody counts."""
 
 
+class Step(Protocol):
+    """Told of an item that is done, or of several."""
+
+    def __call__(self, name: str, count: int = 1) -> None: ...
+
+
 @contextmanager
-def counted(what: str, *, total: int | None = None, shown: bool = True) -> Iterator[Callable[[str], None]]:
+def counted(what: str, *, total: int | None = None, shown: bool = True) -> Iterator[Step]:
     """Gives a function to call for each item done, with its name."""
     if not shown or not sys.stderr.isatty():
-        yield lambda name: None
+        yield lambda name, count=1: None
         return
     done, of = 0, "" if total is None else f" of {total:,}"
     with BOARD.line(what, total) as told:
 
-        def step(name: str) -> None:
+        def step(name: str, count: int = 1) -> None:
             nonlocal done
-            done += 1
+            done += count
             told(done, f"{done:,}{of} {name}")
 
         yield step

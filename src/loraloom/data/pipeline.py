@@ -231,9 +231,9 @@ def chunks(rows: Sequence[T], *, shown: bool, each: Callable[[], None] = nothing
 
     each  called before each piece
     """
-    total = -(-len(rows) // CHUNK)
-    with counted("tokenising", total=total, shown=shown and total > 1) as step:
+    with counted("tokenising", total=len(rows), shown=shown and len(rows) > CHUNK) as step:
         for start in range(0, len(rows), CHUNK):
             each()
-            yield rows[start : start + CHUNK]
-            step(f"pieces of {CHUNK} rows")
+            piece = rows[start : start + CHUNK]
+            yield piece
+            step("rows", len(piece))
