@@ -311,7 +311,8 @@ def finish(run: Any, quiet: bool, as_json: bool) -> Any:
 @with_json
 def merge(run: str, out: str, as_json: bool, **options: Any) -> Any:
     """Fold a run's adapter into its base, write the whole model to OUT, and verify it."""
-    from . import fold
+    with starting(shown=not as_json):
+        from . import fold
 
     result = fold.merge(run, out, progress=not as_json, **options)
     if as_json:
@@ -356,7 +357,8 @@ def evaluate(targets: tuple[str, ...], as_json: bool, **options: Any) -> Any:
     loraloom eval runs/first --tasks article2 --data-dir DIR
     loraloom eval MODEL MODEL --tasks mc2,arc_easy --limit 200
     """
-    from . import eval_verb
+    with starting(shown=not as_json):
+        from . import eval_verb
 
     return eval_verb.run(targets, options, console.out, as_json=as_json)
 
@@ -389,8 +391,9 @@ def chat(
     """Talk with a tuned model; /base switches to the base and back."""
     if ask is None and (as_json or compare):
         raise UserError(f"{'--json' if as_json else '--compare'} needs a question", hint="--ask TEXT")
-    from . import chat as terminal
-    from . import use
+    with starting(shown=not as_json):
+        from . import chat as terminal
+        from . import use
 
     conversation = use.converse(use.open_target(run, model=model, offline=offline), **settings)
     conversation.base = base or conversation.adapters is None
