@@ -44,7 +44,7 @@ def own_cache() -> Iterator[Path]:
 def _float32_everywhere() -> Iterator[None]:
     """`auto` means float32 on every CPU, so that tests compute the same on all machines."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("loraloom.model.cpu_computes_bfloat16", lambda: False)
+        patch.setattr("loraloom.devices.cpu_computes_bfloat16", lambda: False)
         yield
 
 

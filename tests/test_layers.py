@@ -18,7 +18,7 @@ MOST_FUNCTION = 66  # lines of a function, its docstring included: the training 
 # Each line may import from the lines above it; within a line only what stands to the left.
 LAYERS = [
     ["errors", "files", "config_errors", "config_sections", "config"],
-    ["wording", "environment", "noise", "metrics", "progress", "text_metrics"],
+    ["wording", "environment", "noise", "metrics", "progress", "beside", "text_metrics"],
     ["kernels"],
     [
         "weights8",
@@ -48,7 +48,7 @@ LAYERS = [
     ],
     ["model_files", "shards", "gguf_model", "gguf_tokenizer", "pretrained", "disk_names"],
     ["convert_sources", "convert"],
-    ["small_model", "hub", "on_load", "incoming", "bnb_format", "model"],
+    ["devices", "small_model", "hub", "on_load", "incoming", "bnb_format", "model"],
     ["trace", "skeleton", "recompute", "facts"],
     ["classifier", "generate", "heldout", "rundir", "conversation"],
     [
@@ -58,6 +58,7 @@ LAYERS = [
         "compiling",
         "graph_shapes",
         "graphs",
+        "opening",
         "workshop",
         "samples",
         "checkpoint",

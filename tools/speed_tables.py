@@ -128,11 +128,12 @@ def speed_list(name: str) -> str:
     rows = record["rows"]
     commits = ", ".join(dict.fromkeys(row["commit"][:7] for row in rows))
     about = f"{record['machine']}; {versions(rows)}; commit {commits}; `{record['command']}`"
-    shapes = dict.fromkeys((row["batch"], row["seq"]) for row in rows)
+    shapes = dict.fromkeys((row.get("batch"), row.get("seq")) for row in rows)
     if len(shapes) == 1:
         return f"{speeds(rows)}\n\n{about}"
     parts = [
-        f"{batch} x {seq:,} tokens\n\n" + speeds([row for row in rows if (row["batch"], row["seq"]) == shape])
+        f"{batch} x {seq:,} tokens\n\n"
+        + speeds([row for row in rows if (row.get("batch"), row.get("seq")) == shape])
         for shape in shapes
         for batch, seq in [shape]
     ]

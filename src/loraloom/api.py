@@ -35,6 +35,7 @@ from .fold import merge
 from .memory import Predictor
 from .model import Loaded
 from .oom import explain_oom
+from .opening import Tell
 from .packing import StepPlan
 from .quant import Weight4
 from .recompute import Choice
@@ -69,8 +70,8 @@ def train(
     config    a YAML file, or settings as `resolve` returns them
     settings  dotted names to values, which win over the file: {"train.epochs": 2}
     named     the same as keywords: model=, data=, output=, r= ...; a section as a dict: train={"epochs": 2}
-    listen    told ("workshop", Workshop), ("step", record), ("eval", record), ("sample", record),
-              ("checkpoint", path) and ("end", status)
+    listen    told ("fact", (name, text)), perhaps in another thread; ("workshop", Workshop), ("step", record),
+              ("eval", record), ("sample", record), ("checkpoint", path) and ("end", status)
 
     raises  UserError for settings, DataError for data, NonFinite, OutOfMemory; KeyboardInterrupt after
             Ctrl-C, with the state saved
@@ -82,13 +83,19 @@ def train(
     refuse_taken(Path(chosen.output))
     torch.manual_seed(chosen.train.seed)  # nothing of ours draws from it; a part of a model may
     make = builder(chosen)
-    shop = make(chosen, offline=offline, cache=data_cache(), progress=progress, fit=fit_beside_the_model)
+    common: dict[str, Any] = {"offline": offline, "cache": data_cache(), "progress": progress}
+    shop = make(chosen, **common, fit=fit_beside_the_model, tell=as_facts(listen))
     origins = origins | dict.fromkeys(shop.decided, "auto")
     machine = {"device": str(shop.loaded.device), "device_name": device_name(shop.loaded.device)}
     number_format = {"dtype": str(shop.loaded.dtype).removeprefix("torch."), "reason": shop.loaded.reason}
     run = Run.create(chosen.output, shop.config, origins, argv or sys.argv, **machine, **number_format)
     keep_data(shop, run)
     return go(shop, run, Progress(), listen)
+
+
+def as_facts(listen: Listener) -> Tell:
+    """The first lines of a run as a listener hears them."""
+    return lambda name, text: listen("fact", (name, text))
 
 
 def builder(config: RunConfig) -> Callable[..., Workshop]:
@@ -158,7 +165,8 @@ def resume(
             hint="train a new run with the same settings",
         )
     make = builder(run.config)
-    shop = make(run.config, offline=offline, cache=data_cache(), progress=progress, fresh=latest is None)
+    common: dict[str, Any] = {"offline": offline, "cache": data_cache(), "progress": progress}
+    shop = make(run.config, **common, fresh=latest is None, tell=as_facts(listen))
     if state.get("data_digest") not in (None, shop.data_digest()):
         raise UserError(
             f"the data of {run.path} has changed since it started, so it cannot be continued",

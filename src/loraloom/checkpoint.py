@@ -168,7 +168,7 @@ def product_norm(pair: Any) -> float:
 def state_of(shop: Workshop) -> dict[str, torch.Tensor]:
     """Every tensor that training moves, on the CPU, by name."""
     tensors = {
-        key: tensor.detach().cpu().clone().contiguous()
+        key: tensor.detach().to("cpu", copy=True).contiguous()
         for key, tensor in shop.adapters.named_tensors().items()
     }
     moments = state_tensors(shop.optimizer, shop.adapters.named_parameters())

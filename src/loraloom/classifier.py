@@ -25,8 +25,7 @@ from .adapt import Adapters
 from .config import ModelConfig
 from .data import Labels
 from .errors import NonFinite, UserError
-from .hub import resolve
-from .model import Loaded, load_model
+from .model import Base, Loaded, find_base, load_model
 from .nll import evaluating, parameters_of
 from .padded import Padded, pad_rows
 from .skeleton import CLASSIFIER, meta_model, read_shape
@@ -111,20 +110,20 @@ def predict(
 
 
 def load_classifier(
-    config: ModelConfig, labels: Labels, *, seed: int, offline: bool = False, progress: bool = True
+    config: ModelConfig,
+    labels: Labels,
+    *,
+    seed: int,
+    base: Base | None = None,
+    offline: bool = False,
+    progress: bool = True,
 ) -> Loaded:
     """A base with a head for these labels. What of the head the checkpoint does not hold is drawn by the seed.
 
     raises  UserError as `load_model`, or if transformers has no classifier of this kind
     """
-    source = resolve(
-        config.id,
-        revision=config.revision,
-        offline=offline,
-        allow_pickle=config.allow_pickle,
-        progress=progress,
-    )
-    skeleton = shape_of(source.path, labels)
+    base = base or find_base(config, offline=offline, progress=progress)
+    skeleton = shape_of(base.source.path, labels)
     heads = head_names(skeleton)
     plain = config.attention == "auto" and not skeleton._supports_sdpa
     config = config.model_copy(update={"attention": "eager"}) if plain else config
@@ -132,7 +131,7 @@ def load_classifier(
         torch.manual_seed(seed)
         loaded = load_model(
             config,
-            offline=offline,
+            base=base,
             task="classify",
             new_weights=[f"{name}." for name in heads],
             keep=heads,

@@ -30,11 +30,11 @@ from .config import RunConfig, with_values
 from .data import Labelled, Labels, prepare_labels
 from .data.labelled import check_labelled_sources, glue_task
 from .errors import UserError
-from .hub import resolve
 from .kernels.twin import path_of
 from .methods.base import Method
 from .metrics import CLASS_METRICS, NUMBER_METRICS, of_classes, of_numbers
-from .model import Loaded, check_folder, load_tokenizer
+from .model import Loaded, find_base
+from .opening import Tell, tell_data, tell_method, tell_model, unheard
 from .optim import make_optimizer
 from .padded import Padded, pad_rows
 from .recompute import Choice
@@ -65,6 +65,7 @@ def build(
     progress: bool = True,
     fit: Fit | None = None,
     fresh: bool = True,
+    tell: Tell = unheard,
 ) -> Workshop:
     """Load, read, attach and plan, as `workshop.build` does for text.
 
@@ -76,17 +77,20 @@ def build(
     refuse_settings(config)
     method = spec_of(config).make()
     refuse_method(config, method)
-    tokenizer, limit = before_weights(config, offline=offline)
+    base = find_base(config.model, offline=offline, progress=progress)
+    tell_model(tell, config, base)
+    limit = longest_of(base.source.path, base.tokenizer)
     prepared = prepare_labels(
         config.data,
-        tokenizer,
+        base.tokenizer,
         model_max_length=limit,
         seed=config.train.seed,
         offline=offline,
         progress=progress,
     )
+    tell_data(tell, prepared.report)
     labels = Labels(tuple(prepared.report.labels))
-    loaded = load_classifier(config.model, labels, seed=config.train.seed, offline=offline, progress=progress)
+    loaded = load_classifier(config.model, labels, seed=config.train.seed, base=base, progress=progress)
     decided: dict[str, Any] = trained_head(config, method, loaded.model)
     decided |= {"eval.best": best_of(config, labels)}
     config = with_values(config, decided)
@@ -101,6 +105,7 @@ def build(
     adapter.ready = True
     adapters.train()
     config = with_values(config, decided)
+    tell_method(tell, config, adapters)
     assert config.train.learning_rate != "auto"
     optimizer = make_optimizer(adapters.groups(config.train.learning_rate), config.train)
     return Workshop(config, loaded, adapters, prepared, optimizer, plan, decided, in_words(loaded, labels))
@@ -121,13 +126,9 @@ def trained_head(config: RunConfig, method: Method, model: Any) -> dict[str, Any
     return {"modules_to_save": [*config.modules_to_save, *heads]} if heads else {}
 
 
-def before_weights(config: RunConfig, *, offline: bool) -> tuple[Any, int]:
-    """The tokenizer and the model's length, so that the data is read, and its labels known, before the weights."""
-    given = config.model
-    folder = resolve(given.id, revision=given.revision, offline=offline, allow_pickle=given.allow_pickle).path
-    check_folder(folder, allow_pickle=given.allow_pickle)
-    tokenizer = load_tokenizer(folder)
-    return tokenizer, longest_input(shape_of(folder, Labels(("0", "1"))), tokenizer)
+def longest_of(folder: Path, tokenizer: Any) -> int:
+    """Tokens that the classifier of a folder takes at most: known before its weights are read, or its labels."""
+    return longest_input(shape_of(folder, Labels(("0", "1"))), tokenizer)
 
 
 def refuse_settings(config: RunConfig) -> None:

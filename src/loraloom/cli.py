@@ -15,6 +15,7 @@ from rich.text import Text
 from . import console
 from .config import parse_setting
 from .errors import INTERRUPTED, Failure, OutOfMemory, UserError
+from .progress import starting
 from .verbs import cli, model_option, offline_option, with_json
 
 
@@ -210,9 +211,10 @@ def plan(
     file, chosen = given(config, config_file, seed, settings, named)
     chosen |= {"model": shape} if shape else {}
     chosen |= {"train.micro_tokens": tokens} if tokens else {}
-    from . import api
-
     progress = not (quiet or as_json)
+    with starting(shown=progress):
+        from . import api
+
     made = api.plan(
         file,
         shape=shape,
@@ -245,7 +247,8 @@ def train(
     if list_settings:
         return show_settings(as_json, named["method"])
     file, chosen = given(config, config_file, seed, settings, named)
-    from . import api
+    with starting(shown=not (quiet or as_json)):
+        from . import api
 
     view = console.TrainView(quiet=quiet or as_json)
     run = api.train(file, listen=view, offline=offline, progress=not (quiet or as_json), settings=chosen)
@@ -271,7 +274,8 @@ def show_settings(as_json: bool, method: str | None) -> Any:
 @with_json
 def resume(run: str, offline: bool, quiet: bool, as_json: bool) -> Any:
     """Go on with a run that was stopped or killed, as if it had not been."""
-    from . import api
+    with starting(shown=not (quiet or as_json)):
+        from . import api
 
     view = console.TrainView(quiet=quiet or as_json)
     return finish(
@@ -307,7 +311,8 @@ def finish(run: Any, quiet: bool, as_json: bool) -> Any:
 @with_json
 def merge(run: str, out: str, as_json: bool, **options: Any) -> Any:
     """Fold a run's adapter into its base, write the whole model to OUT, and verify it."""
-    from . import fold
+    with starting(shown=not as_json):
+        from . import fold
 
     result = fold.merge(run, out, progress=not as_json, **options)
     if as_json:
@@ -352,7 +357,8 @@ def evaluate(targets: tuple[str, ...], as_json: bool, **options: Any) -> Any:
     loraloom eval runs/first --tasks article2 --data-dir DIR
     loraloom eval MODEL MODEL --tasks mc2,arc_easy --limit 200
     """
-    from . import eval_verb
+    with starting(shown=not as_json):
+        from . import eval_verb
 
     return eval_verb.run(targets, options, console.out, as_json=as_json)
 
@@ -385,8 +391,9 @@ def chat(
     """Talk with a tuned model; /base switches to the base and back."""
     if ask is None and (as_json or compare):
         raise UserError(f"{'--json' if as_json else '--compare'} needs a question", hint="--ask TEXT")
-    from . import chat as terminal
-    from . import use
+    with starting(shown=not as_json):
+        from . import chat as terminal
+        from . import use
 
     conversation = use.converse(use.open_target(run, model=model, offline=offline), **settings)
     conversation.base = base or conversation.adapters is None

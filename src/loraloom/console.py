@@ -13,12 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from .config import shown_alpha
 from .errors import UserError
+from .progress import err
 from .wording import percent
 
 out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
 WORDS = {"done": "Done", "stopped_early": "Stopped early", "interrupted": "Interrupted", "failed": "Failed"}
 
 
@@ -53,11 +52,16 @@ class TrainView:
         if not self.quiet:
             getattr(self, f"on_{kind}", lambda record: None)(record)
 
+    def on_fact(self, fact: tuple[str, str]) -> None:
+        """One of the first lines, as soon as it is known."""
+        name, text = fact
+        err.print(Text(f" {name:<10}", style="bold") + Text(text))
+
     def on_workshop(self, shop: Any) -> None:
-        """Once, before the first step: what will be done, with the reasons."""
+        """Once, before the first step: the rest of what will be done, with the reasons."""
         self.steps = len(shop.plan)
-        for name, text in facts(shop):
-            err.print(Text(f" {name:<10}", style="bold") + Text(text))
+        for fact in facts(shop):
+            self.on_fact(fact)
         if not self.plain:
             columns = (TextColumn(" step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
             self.bar = Progress(*columns, TextColumn("{task.fields[now]}"), console=err, transient=True)
@@ -105,26 +109,11 @@ class TrainView:
 
 
 def facts(shop: Any) -> list[tuple[str, str]]:
-    """The lines that a run begins with."""
-    report, config = shop.prepared.report, shop.config
-    trainable = sum(p.numel() for p in shop.adapters.parameters())
-    total = sum(p.numel() for p in shop.model.parameters())
-    layers = len(next(iter(shop.adapters.adapters.values())).sites)
-    ranks = "" if config.r == "auto" else f"r {config.r}  alpha {shown_alpha(config)}  "
-    train = config.train
+    """The lines that a run begins with, behind those that `opening` told while it was made."""
+    train = shop.config.train
     batch = f"{train.batch_tokens} tokens" if train.batch_tokens else f"{train.batch_size} examples"
     kept = [shop.loaded.quantised or "dense", *filter(None, [shop.loaded.products])]
     return [
-        ("model", f"{config.model.id}  on {shop.loaded.device}, {shop.loaded.reason}"),
-        (
-            "data",
-            report.summary,
-        ),
-        (
-            "method",
-            f"{config.method['name']}  {ranks}{layers} layers, "
-            f"{trainable:,} of {total:,} weights ({trainable / total:.2%})",
-        ),
         (
             "step",
             f"{batch} in passes of {train.micro_tokens} tokens{', packed' if shop.packing else ''}; "

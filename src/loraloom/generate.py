@@ -227,7 +227,12 @@ def contiguous_head(model: Any) -> Iterator[None]:
 
 def context_length(model: Any) -> int | None:
     """Tokens that the model's positions reach, prompt and answer together; None if it names no limit."""
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    return reach(model.config)
+
+
+def reach(config: Any) -> int | None:
+    """The same of a model's config."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
     length = getattr(config, "max_position_embeddings", None)
     return int(length) if length else None
 

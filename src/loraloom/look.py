@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from . import hub, methods
-from .classifying import before_weights
+from .classifying import longest_of
 from .config import RunConfig, describe, resolve
 from .data import Labelled, Prepared, length_histogram, prepare, prepare_labels, show
 from .errors import UserError
@@ -30,12 +30,12 @@ def prepare_file(
     chosen = {"model": model or "smollm2-135m-instruct", "output": "none", "data": file}
     config: RunConfig
     config, _ = resolve(None, chosen | settings)
-    if config.task == "classification":
-        words, longest = before_weights(config, offline=offline)
-        how: dict[str, Any] = {"seed": config.train.seed, "offline": offline}
-        return prepare_labels(config.data, words, model_max_length=longest, **how), words
     folder = hub.resolve(config.model.id, revision=config.model.revision, offline=offline).path
     tokenizer = load_tokenizer(folder)
+    if config.task == "classification":
+        longest = longest_of(folder, tokenizer)
+        how: dict[str, Any] = {"seed": config.train.seed, "offline": offline}
+        return prepare_labels(config.data, tokenizer, model_max_length=longest, **how), tokenizer
     limit = context_of(folder)
     cache = cache_folder() / "data"
     prepared = prepare(

@@ -7,8 +7,7 @@ Code from a model folder is never run.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +28,7 @@ from transformers.masking_utils import sdpa_mask
 
 from . import attention, bnb_format, files
 from .config import ModelConfig
+from .devices import DTYPES, capability, pick_device, pick_dtype
 from .errors import OutOfMemory, UserError
 from .hub import Resolved, resolve
 from .incoming import Incoming, settle
@@ -36,11 +36,14 @@ from .model_files import find_weights, has_tokenizer, read_config
 from .on_load import Arrival, Take, passing
 from .pretrained import from_folder, pad_id, quiet, stop_ids, valid_generation, write_tokenizer
 from .products8 import use_fp8
-from .progress import counted
+from .progress import counted, nothing
 from .quant import Weight4, bits_per_parameter, stored_bytes
 
 __all__ = [
+    "DTYPES",
+    "Base",
     "Loaded",
+    "find_base",
     "load_model",
     "load_tokenizer",
     "pad_id",
@@ -58,7 +61,6 @@ CLASSES = {
 }
 AttentionInterface.register(attention.NAME, attention.interface(sdpa_attention_forward))
 AttentionMaskInterface.register(attention.NAME, attention.masks(sdpa_mask))
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -108,22 +110,22 @@ class Loaded:
         return sum(map(stored_bytes, self.model.parameters()))
 
 
-def load_model(
-    config: ModelConfig,
-    *,
-    offline: bool = False,
-    task: Task = "causal",
-    new_weights: Sequence[str] = (),
-    keep: Sequence[str] = (),
-    progress: bool = True,
-    **extra: Any,
-) -> Loaded:
-    """Load the base that `config` names, weight by weight, each to its device at once, in 4 or 8 bits if asked.
+@dataclass(frozen=True)
+class Base:
+    """A model whose folder is there: its tokenizer, and where its weights will go."""
 
-    new_weights  starts of parameter names that a checkpoint may lack ("score", "classifier"): a new head
-    keep         ends of module names that stay in 16 bits on a quantised base, such as modules to train whole
-    extra        goes to from_pretrained, such as num_labels
-    raises       UserError with a way out, for everything that can be wrong with the model
+    device: torch.device
+    dtype: torch.dtype
+    reason: str  # why this dtype
+    source: Resolved
+    tokenizer: Any
+    largest_id: int  # that the tokenizer can give
+
+
+def find_base(config: ModelConfig, *, offline: bool = False, progress: bool = True) -> Base:
+    """Find the model that `config` names, and fetch it if need be; no weight is read.
+
+    raises  UserError with a way out, for all that can be seen to be wrong without the weights
     """
     device = pick_device(config.device)
     dtype, reason = pick_dtype(config.dtype, device)
@@ -136,10 +138,38 @@ def load_model(
     )
     check_folder(source.path, allow_pickle=config.allow_pickle)
     tokenizer = load_tokenizer(source.path)
+    return Base(device, dtype, reason, source, tokenizer, max(tokenizer.get_vocab().values(), default=-1))
+
+
+def load_model(
+    config: ModelConfig,
+    *,
+    base: Base | None = None,
+    offline: bool = False,
+    task: Task = "causal",
+    new_weights: Sequence[str] = (),
+    keep: Sequence[str] = (),
+    progress: bool = True,
+    each: Callable[[], None] = nothing,
+    **extra: Any,
+) -> Loaded:
+    """Load the base that `config` names, weight by weight, each to its device at once, in 4 or 8 bits if asked.
+
+    base         what `find_base` found, if it was called; its tokenizer is not used here, so another thread may
+    new_weights  starts of parameter names that a checkpoint may lack ("score", "classifier"): a new head
+    keep         ends of module names that stay in 16 bits on a quantised base, such as modules to train whole
+    each         called before each weight; what it raises ends the loading
+    extra        goes to from_pretrained, such as num_labels
+    raises       UserError with a way out, for everything that can be wrong with the model
+    """
+    base = base or find_base(config, offline=offline, progress=progress)
+    device, dtype, source = base.device, base.dtype, base.source
     incoming = Incoming(device, keep=[*keep, *new_weights], **quantisation(config, source.path))
     given = {"dtype": dtype, "attn_implementation": own_attention(config.attention), **extra}
     try:
-        model, report = read_weights(source.path, CLASSES[task], incoming, given, progress=progress)
+        model, report = read_weights(
+            source.path, CLASSES[task], incoming, given, progress=progress, each=each
+        )
         settle(model, device)
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(
@@ -150,14 +180,14 @@ def load_model(
             hint="use a smaller model, model.quantize=nf4, or model.device=cpu",
         ) from error
     notes = check_report(source.path, report, new_weights, incoming.misfits) + notes_of(incoming)
-    check_vocabulary(source.path, model, tokenizer)
+    check_vocabulary(source.path, model, base.largest_id)
     if any(isinstance(p, Weight4) and p.codes.experts for p in model.parameters()):
         model.set_experts_implementation("eager")  # one by one: the others want all experts dense at once
     model.requires_grad_(False).eval()
     wanted = "sdpa" if task != "causal" and config.attention == "auto" else config.attention
     chosen = settle_attention(model, wanted, device, dtype)
     notes += use_fp8(model, config.fp8, device)
-    return Loaded(model, tokenizer, dtype, device, reason, source, notes, chosen)
+    return Loaded(model, base.tokenizer, dtype, device, base.reason, source, notes, chosen)
 
 
 def own_attention(name: str) -> str:
@@ -190,19 +220,25 @@ def settle_attention(model: Any, name: str, device: torch.device, dtype: torch.d
     return f"sdpa: {why}"
 
 
-def capability(device: torch.device) -> int:
-    return torch.cuda.get_device_capability(device)[0]
-
-
 def read_weights(
-    folder: Path, factory: Any, take: Take, given: dict[str, Any], *, progress: bool
+    folder: Path,
+    factory: Any,
+    take: Take,
+    given: dict[str, Any],
+    *,
+    progress: bool,
+    each: Callable[[], None] = nothing,
 ) -> tuple[Any, dict[str, Any]]:
-    """The model with every weight of the folder's files handed to `take`, and transformers' report."""
+    """The model with every weight of the folder's files handed to `take`, and transformers' report.
+
+    each  called before each weight
+    """
     about = read_config(folder)
     weights = find_weights(folder)
     state = bnb_format.open_state(weights.paths) if bnb_format.is_bnb4(about) else None
 
     def told(arrival: Arrival) -> Tensor | None:
+        each()
         step(arrival.name)
         return take(arrival)
 
@@ -314,11 +350,10 @@ def check_report(
     )
 
 
-def check_vocabulary(folder: Path, model: PreTrainedModel, tokenizer: Any) -> None:
-    """raises  UserError if the tokenizer can give an id that has no row in the embedding"""
+def check_vocabulary(folder: Path, model: PreTrainedModel, largest: int) -> None:
+    """raises  UserError if the tokenizer can give an id that has no row in the embedding; `largest` is the last"""
     embedding: Any = model.get_input_embeddings()
     rows = embedding.weight.shape[0]
-    largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= rows:
         raise UserError(
             f"{folder}: the tokenizer gives ids up to {largest}, and the model has {rows} rows for tokens",
@@ -339,61 +374,6 @@ def load_tokenizer(folder: Path | str) -> Any:
         )
     with quiet():
         return from_folder(AutoTokenizer, folder)
-
-
-def pick_device(name: str) -> torch.device:
-    """The device that a setting names; auto is the first GPU, else the CPU.
-
-    raises  UserError if it does not exist here
-    """
-    # Pieces of memory that grow: batches of many shapes leave few gaps. Read at the first allocation on a GPU.
-    if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys():
-        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(
-            f"model.device={name!r} is no device", hint="use cpu, cuda, cuda:1 or auto"
-        ) from error
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
-            raise UserError(
-                f"model.device={name}: this machine has {count} GPUs that torch can use",
-                hint="loraloom doctor says why; model.device=cpu works everywhere",
-            )
-        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-    elif device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"model.device={name}: torch has no such device here", hint="use model.device=cpu")
-    return device
-
-
-def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The number format of the base, and one sentence why."""
-    if name != "auto":
-        return DTYPES[name], f"{name}: as set"
-    if device.type == "cuda":
-        if capability(device) >= 8:
-            return torch.bfloat16, "bfloat16: this GPU computes in it, in half of float32's memory"
-        return torch.float32, "float32: this GPU has no bfloat16, and float16 overflows in training"
-    if device.type == "cpu" and cpu_computes_bfloat16():
-        return torch.bfloat16, "bfloat16: this CPU has instructions for it, which train about twice as fast"
-    if device.type == "cpu":
-        return torch.float32, "float32: this CPU has no instructions for bfloat16, and is slower in it"
-    return torch.float32, "float32: the format that every device computes in"
-
-
-def cpu_computes_bfloat16() -> bool:
-    """Whether matrix products run in bfloat16 by hardware: AMX, or AVX-512 with BF16.
-
-    source  benchmarks/results/cpu_dtype.json: a training step of a 135M model in both formats
-    """
-    tests = (
-        getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    )
-    return any(test is not None and test() for test in tests)
 
 
 def name_of(dtype: torch.dtype) -> str:

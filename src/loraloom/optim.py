@@ -117,7 +117,7 @@ def state_tensors(
     for name, parameter in named:
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                tensors[f"{name}|{key}"] = value.detach().cpu().clone().contiguous()
+                tensors[f"{name}|{key}"] = value.detach().to("cpu", copy=True).contiguous()
     return tensors
 
 

@@ -298,7 +298,7 @@ class StepPlan:
         batch_tokens: int | None,
         seed: int,
     ) -> None:
-        self.lengths = [int(length) for length in lengths]
+        self.lengths = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
         if not self.lengths:
             raise ValueError("there are no examples to plan for")
         if batch_size is not None and batch_tokens is not None:

@@ -46,7 +46,7 @@ def file_tensors(adapters: Adapters, adapter: Adapter, form: str = PEFT) -> dict
     tensors = exported(adapter) if form == LORA else own_places(adapter)
     for full_name, tensor in adapters.overlaid(adapter.name):
         tensors[overlay_key(adapter, full_name)] = tensor
-    return {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
+    return {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
 
 
 def own_places(adapter: Adapter) -> dict[str, Tensor]:

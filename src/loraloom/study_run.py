@@ -28,6 +28,9 @@ TASKS = "eval/tasks.json"
 class Bar(console.TrainView):
     """Only the bar of the steps: a study has many runs, and each begins with the same facts."""
 
+    def on_fact(self, fact: tuple[str, str]) -> None:
+        """Nothing."""
+
     def on_workshop(self, shop: Any) -> None:
         if not self.plain:
             super().on_workshop(shop)

@@ -19,25 +19,28 @@ import torch
 from . import methods
 from .adapt import Adapters
 from .adapter import AdapterSpec
+from .beside import Beside
 from .compiling import compile_layers, compile_seconds
 from .config import RunConfig, with_values
 from .data import Examples, Labelled, Prepared, Style, check_sources, prepare
 from .errors import DataError, UserError
 from .files import digest
-from .generate import context_length
+from .generate import reach
 from .graphs import Graphs, graph_reason, make_graphs
 from .kernels.twin import path_of
 from .layers import BlockLayer
 from .methods.base import Method
-from .model import Loaded, load_model
+from .model import Base, Loaded, find_base, load_model
 from .nll import honours_boundaries, why_whole_logits
+from .opening import Tell, tell_data, tell_method, tell_model, unheard
 from .optim import make_optimizer
 from .originals import read_originals
 from .packing import StepPlan, pack
 from .prepare import prepare as prepare_method
 from .products8 import plain_products
+from .progress import doing
 from .recompute import Choice, apply, fuse
-from .skeleton import decoder_layers
+from .skeleton import decoder_layers, read_shape
 
 DEFAULT_BATCH = 16  # examples a step, if neither batch_size nor batch_tokens is set
 UNLIMITED = 1 << 20  # tokens, for a model that names no limit
@@ -144,32 +147,22 @@ def build(
     progress: bool = True,
     fit: Fit | None = None,
     fresh: bool = True,
+    tell: Tell = unheard,
 ) -> Workshop:
     """Load, read, attach and plan.
 
     fit    chooses what is computed again, and the tokens of a pass where train.micro_tokens=fit, by a GPU's memory
     fresh  whether training starts here, so that a method sees what it must first; else a checkpoint follows
+    tell   told the first lines of a run
 
     raises  UserError, DataError: whatever of the settings, the data or the model does not fit
     """
-    check_sources(
-        config.data, offline=offline
-    )  # a wrong path or method is said before a large model is loaded
+    check_sources(config.data, offline=offline)  # a wrong path is said before a large model is loaded
     method = spec_of(config).make()
-    loaded = load_model(config.model, keep=config.modules_to_save, offline=offline, progress=progress)
-    prepared = prepare(
-        config.data,
-        loaded.tokenizer,
-        model_max_length=(context_length(loaded.model) or UNLIMITED) - sum(method.inserts()),
-        seed=config.train.seed,
-        cache=cache,
-        offline=offline,
-        progress=progress,
-    )
-    if not prepared.train.targets.any():
-        raise DataError("no token of the training set carries loss", hint="look at `loraloom data`")
-    if config.data.packing:
-        refuse_leaks(loaded)
+    base = find_base(config.model, offline=offline, progress=progress)
+    tell_model(tell, config, base)
+    how: dict[str, Any] = {"cache": cache, "offline": offline, "progress": progress, "tell": tell}
+    loaded, prepared = load_and_read(config, method, base, **how)
     written = as_ids(config, type(method), loaded.tokenizer)
     config = with_values(config, written)
     adapters = Adapters(loaded.model)
@@ -178,11 +171,15 @@ def build(
     plan = plan_of(config, prepared.train.lengths)
     adapter.method.check_steps(len(plan))
     decided = written | decide(config, adapter.method, len(plan), loaded)
-    recompute = choose_recompute(with_values(config, decided), loaded, prepared.train, plan, fit)
-    layers = put_in_place(recompute, config, loaded, adapters)
+    if adapter.ready or not fresh:
+        tell_method(tell, with_values(config, decided), adapters)
+    with doing("planning the memory of a step", shown=progress):
+        recompute = choose_recompute(with_values(config, decided), loaded, prepared.train, plan, fit)
+        layers = put_in_place(recompute, config, loaded, adapters)
     decided |= decided_by(recompute, config)
     if fresh and not adapter.ready:
         decided |= see_first(with_values(config, decided), loaded, adapters, prepared.train, plan, progress)
+        tell_method(tell, with_values(config, decided), adapters)  # which has chosen ranks and layers by now
     adapters.adapters["default"].ready = True
     adapters.train()
     fitted = config.train.micro_tokens == "fit"
@@ -192,6 +189,47 @@ def build(
     graphs, words = choose_graphs(config, loaded, adapters, plan, fitted=fitted)
     execution = in_words(loaded, layers, recompute, words)
     return Workshop(config, loaded, adapters, prepared, optimizer, plan, decided, execution, graphs)
+
+
+def load_and_read(
+    config: RunConfig,
+    method: Method,
+    base: Base,
+    *,
+    cache: Path | None,
+    offline: bool,
+    progress: bool,
+    tell: Tell,
+) -> tuple[Loaded, Prepared]:
+    """The model, and the data read beside it: the files of the one and the tokenizer of the other keep no one waiting.
+
+    raises  UserError, DataError: what is wrong with the model, or the data
+    """
+    room = (reach(read_shape(base.source.path)) or UNLIMITED) - sum(method.inserts())
+
+    def read(pause: Callable[[], None]) -> Prepared:
+        prepared = prepare(
+            config.data,
+            base.tokenizer,
+            model_max_length=room,
+            seed=config.train.seed,
+            cache=cache,
+            offline=offline,
+            progress=progress,
+            each=pause,
+        )
+        if not prepared.train.targets.any():
+            raise DataError("no token of the training set carries loss", hint="look at `loraloom data`")
+        tell_data(tell, prepared.report)
+        return prepared
+
+    with Beside(read) as reading:
+        keep = config.modules_to_save
+        loaded = load_model(config.model, base=base, keep=keep, progress=progress, each=reading.check)
+        if config.data.packing:
+            with doing("trying whether documents in a row stay apart", shown=progress):
+                refuse_leaks(loaded)
+        return loaded, reading.result()
 
 
 def in_words(loaded: Loaded, layers: Sequence[str], recompute: Choice, graphs: str) -> dict[str, str]:

@@ -24,7 +24,7 @@ from .glue import on_hub, task_named
 from .label_examples import LabelledExamples
 from .label_report import LabelReport
 from .labels import Columns, Labels, find_columns, is_missing, labels_of
-from .pipeline import CHUNK, bar, empty
+from .pipeline import chunks, empty
 from .problems import Problems, first, rows
 from .report import Issue, SourceReport, gather, statistics
 from .select import check_lost, choose_max_length, longer, set_aside, without_leaks
@@ -183,9 +183,9 @@ def drafts_of(
     problems = Problems()
     rows_ = [(at, *item) for at, source in enumerate(sources) for item in source.items]
     drafts: list[LabelDraft] = []
-    for start in bar(list(range(0, len(rows_), CHUNK)), progress and len(rows_) > CHUNK):
+    for chunk in chunks(rows_, shown=progress):
         some = []
-        for at, where, text, pair, label in rows_[start : start + CHUNK]:
+        for at, where, text, pair, label in chunk:
             value = labels.value(label)
             if value is None:
                 problems.add("a label that training does not have", f"{where}: {label!r}")

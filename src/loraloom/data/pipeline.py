@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.progress import track
+from typing import Any, TypeVar
 
 from ..config import DataConfig
 from ..errors import DataError
+from ..progress import counted, nothing
 from . import cache as store
 from .examples import Draft, Examples
 from .report import DataReport, Issue, gather, statistics
@@ -24,6 +22,7 @@ from .tokens import Encoded, encode_scripts, first_tokens
 from .turns import Conversation, Dropped
 
 CHUNK = 256  # rows tokenised in one call
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,7 @@ def prepare(
     cache: Path | None = None,
     offline: bool = False,
     progress: bool = True,
+    each: Callable[[], None] = nothing,
 ) -> Prepared:
     """Read the data, and tokenise it with its loss mask.
 
@@ -62,6 +62,7 @@ def prepare(
     cache             a folder for prepared data; the same files and settings are then not tokenised again
     offline           take Hugging Face sets from their cache, and make no request
     progress          show a bar on stderr, if that is a terminal
+    each              called before each piece of work; what it raises ends it
 
     raises  DataError for everything that is wrong with the data; Failure if the cache cannot be written
     """
@@ -73,11 +74,13 @@ def prepare(
         found = store.fetch(folder)
         if found is not None:
             return Prepared(*found)
+    each()
     sources = read_all(places, config)
+    each()
     formats = [source.shape.format for source in sources]
     style = resolve_style(config.prompt, config.system, tokenizer, formats)
     issues: list[Issue] = []
-    drafts = tokenise(sources, config, tokenizer, style, issues, progress=progress)
+    drafts = tokenise(sources, config, tokenizer, style, issues, progress=progress, each=each)
     prepared = select(sources, drafts, config, tokenizer, style, issues, model_max_length, seed)
     if folder is not None:
         store.store(folder, prepared.train, prepared.eval, prepared.report)
@@ -92,14 +95,15 @@ def tokenise(
     issues: list[Issue],
     *,
     progress: bool,
+    each: Callable[[], None] = nothing,
 ) -> list[Draft]:
     """Every row that has something to learn from as a draft; the others go to `issues`."""
     writer = Writer(tokenizer, style)
     rows = [(at, item) for at, source in enumerate(sources) for item in source.items]
     drafts: list[Draft] = []
-    for chunk in bar(list(range(0, len(rows), CHUNK)), progress and len(rows) > CHUNK):
+    for chunk in chunks(rows, shown=progress, each=each):
         talks: list[tuple[int, Conversation]] = []
-        for at, item in rows[chunk : chunk + CHUNK]:
+        for at, item in chunk:
             if isinstance(item, Dropped):
                 issues.append(Issue(item.where, item.kind, item.detail))
             else:
@@ -222,9 +226,14 @@ def empty(issues: Sequence[Issue], read: int) -> DataError:
     )
 
 
-def bar(chunks: list[int], shown: bool) -> Iterable[int]:
-    """The chunks, with a progress bar on stderr if that is a terminal."""
-    console = Console(stderr=True)
-    if not shown or not console.is_terminal:
-        return chunks
-    return track(chunks, description="tokenising", console=console, transient=True)
+def chunks(rows: Sequence[T], *, shown: bool, each: Callable[[], None] = nothing) -> Iterator[Sequence[T]]:
+    """The rows in pieces, with a bar on a terminal.
+
+    each  called before each piece
+    """
+    with counted("tokenising", total=len(rows), shown=shown and len(rows) > CHUNK) as step:
+        for start in range(0, len(rows), CHUNK):
+            each()
+            piece = rows[start : start + CHUNK]
+            yield piece
+            step("rows", len(piece))

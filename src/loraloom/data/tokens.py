@@ -11,8 +11,9 @@ source  tests/test_data.py::test_prompt_ids_are_those_of_generation
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from ..errors import DataError
@@ -42,7 +43,8 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     if not texts:
         return []
     found = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
-    return [list(ids) for ids in found["input_ids"]]
+    ids: list[list[int]] = found["input_ids"]
+    return ids
 
 
 def first_tokens(tokenizer: Any) -> list[int]:
@@ -59,28 +61,41 @@ def encode_scripts(tokenizer: Any, scripts: Sequence[Script]) -> list[Encoded]:
 
     raises  DataError if a style needs the tokenizer's end token and it has none
     """
+    eos = tokenizer.eos_token or ""
+    cut = [pieces(script, eos) for script in scripts]
     texts: list[str] = []
-    for script in scripts:
-        for anchor, before, answer in pieces(tokenizer, script):
-            texts += [anchor + before, anchor + before + answer]
+    for anchor, before, answer in chain.from_iterable(cut):
+        texts += [anchor + before, anchor + before + answer]
     ids = iter(encode(tokenizer, texts))
     prefix = first_tokens(tokenizer) if any(script.prefix for script in scripts) else []
-    return [encode_script(tokenizer, script, prefix if script.prefix else [], ids) for script in scripts]
+    ends = any(part.eos for script in scripts for part in script.parts)
+    end = end_id(tokenizer) if ends else -1  # asked for once: transformers takes microseconds to say it
+    return [
+        encode_script(tokenizer, script, its, prefix if script.prefix else [], end, ids)
+        for script, its in zip(scripts, cut)
+    ]
 
 
-def pieces(tokenizer: Any, script: Script) -> list[tuple[str, str, str]]:
+def pieces(script: Script, eos: str) -> list[tuple[str, str, str]]:
     """(what to tokenise before it, text before the answer, answer) of each part, then of the tail."""
     found, anchor = [], ""
     for part in script.parts:
         found.append((anchor, part.before, part.answer))
-        anchor = part.end or (tokenizer.eos_token or "" if part.eos else "")
+        anchor = part.end or (eos if part.eos else "")
     return [*found, (anchor, script.tail, "")] if script.tail else found
 
 
-def encode_script(tokenizer: Any, script: Script, prefix: Sequence[int], texts: Any) -> Encoded:
-    """One script, from the ids of its `pieces`: two lists a piece."""
+def encode_script(
+    tokenizer: Any,
+    script: Script,
+    pieces: Sequence[tuple[str, str, str]],
+    prefix: Sequence[int],
+    end: int,
+    texts: Iterator[list[int]],
+) -> Encoded:
+    """One script, from the ids of its pieces: two lists a piece. `end` is the tokenizer's end token."""
     ids, spans = list(prefix), []
-    for number, (anchor, before, answer) in enumerate(pieces(tokenizer, script)):
+    for number, (anchor, before, answer) in enumerate(pieces):
         short, long = next(texts), next(texts)
         if anchor:
             mark = tokenizer.convert_tokens_to_ids(anchor)
@@ -94,7 +109,7 @@ def encode_script(tokenizer: Any, script: Script, prefix: Sequence[int], texts: 
         part = script.parts[number]
         said = long[len(short) :] if long[: len(short)] == short else apart(tokenizer, answer)
         if part.eos:
-            said = [*said, end_id(tokenizer)]
+            said = [*said, end]
         spans.append(Span(len(ids), len(ids) + len(said), int(bool(part.end) or part.eos)))
         ids += said
     return Encoded(ids, spans)
