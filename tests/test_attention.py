@@ -25,6 +25,7 @@ from loraloom.errors import UserError
 from loraloom.kernels import attention as kernels
 from loraloom.kernels import attention_plan
 from loraloom.kernels.attention_plan import pieces, seconds
+from loraloom.kernels.attention_short import WIDEST
 from loraloom.model import load_model, settle_attention, write_model
 from loraloom.nll import honours_boundaries, nll_sum
 from loraloom.packing import Batch, Documents, pack
@@ -134,8 +135,9 @@ def test_equal_long_documents_are_a_dense_batch():
     assert kinds(*[2048] * 4) == [("dense", 4)]
     assert kinds(*[1024] * 8) == [("dense", 8)]
     assert kinds(8192) == [("dense", 1)]
-    assert kinds(2048, hopper=False) == [("varlen", 1)]
-    assert kinds(*[2048] * 4, window=1024) == [("varlen", 4)]
+    assert kinds(2048, hopper=False) == [("short", 1)]
+    assert kinds(2048, hopper=False, short=False) == [("varlen", 1)]
+    assert kinds(*[2048] * 4, window=1024, short=False) == [("varlen", 4)]
     assert kinds(*[2048] * 4, window=2048) == [("dense", 4)]
 
 
@@ -143,7 +145,7 @@ def test_short_documents_have_kernels_of_their_own():
     assert kinds(*[60] * 640) == [("short", 640)]
     assert kinds(*[60] * 640, short=False) == [("dense", 640)]
     assert kinds(*[60] * 640, short=False, hopper=False) == [("varlen", 640)]
-    assert kinds(100, 90, 8000, hopper=False) == [("varlen", 3)]
+    assert kinds(100, 90, 16000, hopper=False) == [("varlen", 3)]
 
 
 def test_long_documents_of_a_mixed_batch_go_alone():
@@ -488,11 +490,11 @@ def test_auto_on_shapes_is_what_a_gpu_would_take():
     assert meta_model(llama, dtype=torch.bfloat16, attention="sdpa").config._attn_implementation == "sdpa"
 
 
-def peak_of_shapes(lengths: tuple[int, ...], shared: int) -> int:
-    """The most bytes at once, forward and backward, with 4 heads of 64 features."""
+def peak_of_shapes(lengths: tuple[int, ...], shared: int, width: int) -> int:
+    """The most bytes at once, forward and backward, with 4 heads."""
     tape = Tape()
     options: dict[str, Any] = {"dtype": torch.bfloat16, "device": "meta", "requires_grad": True}
-    q, k, v = (torch.empty(sum(lengths), heads, 64, **options) for heads in (4, shared, shared))
+    q, k, v = (torch.empty(sum(lengths), heads, width, **options) for heads in (4, shared, shared))
     with Shapes(), tape, fused_attention(cudnn=True):
         tape.hold([q, k, v], "base")
         out = attend(q, k, v, documents(*lengths, device="meta"))
@@ -501,17 +503,18 @@ def peak_of_shapes(lengths: tuple[int, ...], shared: int) -> int:
 
 
 @pytest.mark.parametrize("shared", [4, 2])
-@pytest.mark.parametrize("lengths", [(3000, 2500, 36), (100, 500, 36)], ids=["varlen", "short"])
-def test_what_shapes_take_is_what_the_kernels_take(lengths, shared):
+@pytest.mark.parametrize("width", [256, 64], ids=["varlen", "short"])
+def test_what_shapes_take_is_what_the_kernels_take(width, shared):
     """q, k, v and their gradients, out and its own, logsumexp; FlashAttention's sums of dq, and each query head's dk
     and dv; the short kernels' bounds."""
+    lengths = (1000, 500, 36)
     tokens = sum(lengths)
-    half, rows = tokens * 64 * 2, tokens + 128 * 3
+    half, rows = tokens * width * 2, tokens + 128 * 3
     tensors = 2 * (4 + 2 * shared) * half + 2 * 4 * half + tokens * 4 * 4
-    room = rows * 4 * 64 * 4 + rows * 4 * 4 + (2 * 4 * half if shared == 2 else 0)
-    if tokens < 1000:
+    room = rows * 4 * width * 4 + rows * 4 * 4 + (2 * 4 * half if shared == 2 else 0)
+    if width <= WIDEST:
         room = tokens * (2 * 4 + 4 * 4)
-    assert peak_of_shapes(lengths, shared) == pytest.approx(tensors + room, abs=4096)
+    assert peak_of_shapes(lengths, shared, width) == pytest.approx(tensors + room, abs=4096)
 
 
 def test_shapes_stand_for_the_gpu_that_is_planned_for():
@@ -594,20 +597,22 @@ def test_a_mixed_batch_on_the_gpu(gpu, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "lengths", [(100, 50, 36, 600), (3000, 2500, 36), (2048, 2048)], ids=["short", "varlen", "dense"]
+    ("lengths", "width"),
+    [((1000, 500, 36), 64), ((1000, 500, 36), 256), ((2048, 2048), 64)],
+    ids=["short", "varlen", "dense"],
 )
 @pytest.mark.parametrize("shared", [4, 2])
-def test_shapes_take_what_the_gpu_takes(gpu, lengths, shared):
+def test_shapes_take_what_the_gpu_takes(gpu, lengths, width, shared):
     gc.collect()  # what other tests left would go while this one counts
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     options: dict[str, Any] = {"dtype": torch.bfloat16, "device": gpu, "requires_grad": True}
-    leaves = [torch.randn(sum(lengths), heads, 64, **options) for heads in (4, shared, shared)]
+    leaves = [torch.randn(sum(lengths), heads, width, **options) for heads in (4, shared, shared)]
     torch.cuda.reset_peak_memory_stats()
     out = attend(*leaves, documents(*lengths, device=gpu))
     out.backward(torch.empty_like(out))
     peak = torch.cuda.max_memory_allocated() - before
-    assert peak_of_shapes(lengths, shared) == pytest.approx(peak, rel=0.05)
+    assert peak_of_shapes(lengths, shared, width) == pytest.approx(peak, rel=0.05)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral, window", "gpt2", "phi3"])

@@ -62,11 +62,12 @@ def collect(path: Path, commit: str, results: Path) -> Path:
             print(f"left out: {row['peer']} {row.get('quant')} {row.get('error', 'not a training')}")
     out = results / f"speed_{path.stem}.json"
     before = json.loads(out.read_text(encoding="utf-8"))["rows"] if out.is_file() else []
+    known = {name: value for row in rows for name, value in row["versions"].items()}
     record = {
         "command": f"bash benchmarks/peers/run_all.sh {path.stem}",
         "commit": commit,
         "machine": rows[0]["device"] if rows else "",
-        "versions": {name: rows[0]["versions"][name] for name in ("torch", "transformers")} if rows else {},
+        "versions": {name: value for name, value in known.items() if name in ("torch", "transformers")},
         "rows": merged(before, rows),
     }
     out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

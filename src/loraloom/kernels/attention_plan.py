@@ -21,11 +21,11 @@ from .attention import CUDNN_MOST, INDEX, backward_room
 
 LENGTHS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
 RATES = {
-    "varlen": ((11, 36, 72, 103, 148, 224, 294, 331, 348), (6, 22, 48, 89, 143, 197, 240, 279, 318)),
-    "dense": ((12, 44, 93, 182, 347, 459, 538, 593, 652), (9, 23, 48, 95, 175, 296, 402, 482, 521)),
-    "short": ((16, 31, 62, 104, 158, 208, 232, 223, 247), (14, 29, 58, 105, 162, 219, 249, 270, 282)),
+    "varlen": ((11, 36, 72, 104, 148, 225, 294, 310, 338), (6, 22, 48, 89, 142, 197, 235, 270, 315)),
+    "dense": ((12, 44, 92, 182, 349, 462, 545, 603, 662), (9, 23, 48, 95, 175, 297, 406, 486, 534)),
+    "short": ((24, 47, 91, 158, 219, 264, 287, 276, 225), (19, 38, 72, 131, 197, 265, 300, 302, 295)),
 }
-LONG = 4096  # tokens of a document from which FlashAttention is the faster for lengths that only the device knows
+LONG = 16384  # tokens of a document from which FlashAttention is the faster for lengths that only the device knows
 CALL = 1e-4  # seconds that one more call costs, forward and backward
 MOVED = 16 / 2.8e12  # seconds for each number of q to cut the batch up, or to pad a piece: copies of 16 bytes
 GRAIN = 256  # a document in a mixed batch is padded to a multiple: cuDNN plans for each length anew
