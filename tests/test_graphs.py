@@ -24,7 +24,7 @@ from loraloom import methods
 from loraloom.adapt import Adapters
 from loraloom.adapter import AdapterSpec
 from loraloom.attention import NAME
-from loraloom.compiling import Compiled, compile_layers, compile_seconds
+from loraloom.compiling import Compiled, compile_layers, compile_seconds, uncompile
 from loraloom.config import TrainConfig, resolve, with_values
 from loraloom.data import Example
 from loraloom.errors import NonFinite, UserError
@@ -495,6 +495,8 @@ def test_compiled_layers_train_the_same() -> None:
         runs.append(train(model, adapters, steps))
     close(*runs)
     assert compile_seconds() > 0
+    uncompile(layers)
+    assert not any("forward" in vars(layer) for layer in layers)
 
 
 def test_what_cannot_be_compiled_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,7 @@ def compile_layers(layers: Sequence[nn.Module], device: torch.device, *, backend
 
     raises  UserError if none can be compiled
     """
+    uncompile(layers)
     plain = [layer for layer in layers if "forward" not in layer.__dict__]
     why = compile_reason(layers, plain, device)
     if why is not None:
@@ -58,6 +59,13 @@ def compile_layers(layers: Sequence[nn.Module], device: torch.device, *, backend
     for layer in plain:
         layer.__dict__["forward"] = Compiled(layer.forward, backend)
     return f"compiled layers: {len(plain)} of {len(layers)}, as the first steps run"
+
+
+def uncompile(layers: Sequence[nn.Module]) -> None:
+    """Give the layers their own code again."""
+    for layer in layers:
+        if isinstance(layer.__dict__.get("forward"), Compiled):
+            del layer.__dict__["forward"]
 
 
 def compile_reason(

@@ -20,7 +20,7 @@ from . import methods
 from .adapt import Adapters
 from .adapter import AdapterSpec
 from .beside import Beside
-from .compiling import compile_layers, compile_seconds
+from .compiling import compile_layers, compile_seconds, uncompile
 from .config import RunConfig, with_values
 from .data import Examples, Labelled, Prepared, Style, check_sources, prepare
 from .errors import DataError, UserError
@@ -298,7 +298,9 @@ def put_in_place(choice: Choice, config: RunConfig, loaded: Loaded, adapters: Ad
     """Fuse the layers, compile those that are not fused, then recompute them all; what came of it, in words."""
     words = fuse(adapters, config.train, gpu=loaded.device.type == "cuda")
     if config.train.compile:
-        words.append(compile_layers(list(decoder_layers(loaded.model) or ()), loaded.device))
+        layers = list(decoder_layers(loaded.model) or ())
+        words.append(compile_layers(layers, loaded.device))
+        adapters.undo["compile"] = partial(uncompile, layers)
     apply(loaded.model, adapters, choice.tier)
     return words
 
