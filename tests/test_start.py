@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import io
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -180,3 +182,16 @@ def test_garbage_waits_for_the_imports_alone() -> None:
         assert gc.isenabled()
     finally:
         gc.unfreeze()
+
+
+def test_nothing_is_frozen_when_the_command_ends() -> None:
+    """Libraries that look for what is left at the end would find it, and write pages of it."""
+    code = (
+        "import atexit, gc\n"
+        "from loraloom.progress import starting\n"
+        "atexit.register(lambda: print(gc.get_freeze_count()))\n"  # called last
+        "with starting(shown=False):\n    import json\n"
+        "print(gc.get_freeze_count() > 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "0"]

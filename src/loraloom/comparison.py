@@ -189,7 +189,7 @@ def summary(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
     most = "lowest" if row["lower_is_better"] else "highest"
     return (
         f"In training {best[1]} had the {most} held-out {row['metric']}, {words(best[0])}; {other[1]} had "
-        f"{words(other[0])}. Whether that is more than noise is not known: `loraloom eval RUN` measures each with "
+        f"{words(other[0])}. Whether that is more than noise is not known: loraloom eval RUN measures each with "
         "standard errors."
     )
 

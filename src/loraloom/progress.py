@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import sys
 from collections.abc import Callable, Iterator
@@ -97,5 +98,7 @@ def starting(*, shown: bool = True) -> Iterator[None]:
             yield
     finally:
         gc.freeze()
+        atexit.unregister(gc.unfreeze)
+        atexit.register(gc.unfreeze)  # else libraries find what is frozen still there at the end, and say so
         if collects:
             gc.enable()
