@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from tiny_models import END, PAD, FakeAdapters, byte_tokenizer, causal
 
+from loraloom import heldout
 from loraloom.data import IGNORED, Example
 from loraloom.errors import DataError, NonFinite, UserError
 from loraloom.evaluate import choose_tasks, evaluate_run, references_of, render
@@ -71,6 +72,21 @@ def test_held_out_refuses_what_it_cannot_measure() -> None:
     with pytest.raises(NonFinite, match="2 held-out examples") as caught:
         held_out(broken, some_examples(2), pad_id=PAD, micro_tokens=64, packing=True)
     assert caught.value.details == ["held.jsonl:1", "held.jsonl:2"]
+
+
+def test_neighbours_in_a_line_are_not_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel's tile may hold several documents, so that one which overflows takes others with it."""
+    found = heldout.token_nll
+
+    def spread(model: Any, batch: Any) -> Any:
+        nll_L, labels = found(model, batch)
+        return (nll_L * torch.nan if rows[1].row in batch.rows else nll_L), labels
+
+    rows = some_examples(3)
+    monkeypatch.setattr(heldout, "token_nll", spread)
+    with pytest.raises(NonFinite, match="1 held-out examples") as caught:
+        held_out(causal(), rows, pad_id=PAD, micro_tokens=512, packing=True)
+    assert caught.value.details == [rows[1].row]
 
 
 def test_ratio_stderr_is_the_spread_over_drawn_sets() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import io
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -18,6 +20,7 @@ from tiny_run import make_data, make_model, settings
 
 from loraloom import api, progress, workshop
 from loraloom.beside import Beside
+from loraloom.data.read import read_table
 from loraloom.errors import DataError, UserError
 from loraloom.generate import context_length, reach
 from loraloom.skeleton import read_shape
@@ -74,6 +77,55 @@ def test_work_that_nobody_waits_for_ends() -> None:
         assert in_time(lambda: len(rounds) > 2)
         work.check()
     assert not threads()
+
+
+def test_an_interrupt_waits_for_the_work_to_end() -> None:
+    over: list[int] = []
+
+    def forever(pause: Callable[[], None]) -> None:
+        try:
+            while True:
+                pause()
+                time.sleep(0.01)
+        finally:
+            time.sleep(0.2)
+            over.append(1)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with Beside(forever) as work:
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+            with pytest.raises(KeyboardInterrupt):
+                work.result()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert over
+    assert not threads()
+
+
+def test_work_that_cannot_be_stopped_is_left_behind_by_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loraloom.beside.PATIENCE", 0.05)
+    ready = threading.Event()
+    try:
+        with pytest.raises(UserError, match="another"), Beside(lambda pause: ready.wait(SECONDS)):
+            raise UserError("another")
+        assert threads()
+    finally:
+        ready.set()
+    assert in_time(lambda: not threads())
+
+
+def test_reading_rows_can_be_ended(data_file: Path) -> None:
+    seen: list[int] = []
+
+    def each() -> None:
+        seen.append(1)
+        if len(seen) == 3:
+            raise UserError("enough")
+
+    with pytest.raises(UserError, match="enough"):
+        read_table(str(data_file), split="train", encoding="utf-8", limit=None, each=each)
+    assert len(seen) == 3
 
 
 def test_broken_data_ends_the_loading(

@@ -30,7 +30,10 @@ def prepare_file(
     chosen = {"model": model or "smollm2-135m-instruct", "output": "none", "data": file}
     config: RunConfig
     config, _ = resolve(None, chosen | settings)
-    folder = hub.resolve(config.model.id, revision=config.model.revision, offline=offline).path
+    given = config.model
+    folder = hub.resolve(
+        given.id, revision=given.revision, offline=offline, allow_pickle=given.allow_pickle
+    ).path
     tokenizer = load_tokenizer(folder)
     if config.task == "classification":
         longest = longest_of(folder, tokenizer)

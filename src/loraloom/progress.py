@@ -29,8 +29,9 @@ class Board:
         with self.lock:
             if self.bars is None:
                 columns = (TextColumn(" {task.description}"), BarColumn(), TextColumn("{task.fields[now]}"))
-                self.bars = Progress(*columns, console=err, transient=True)
+                self.bars = Progress(*columns, console=err, transient=True, redirect_stdout=False)
                 self.bars.start()
+                atexit.register(self.close)  # a thread may be left behind in the middle of a line
             bars, self.lines = self.bars, self.lines + 1
             task = bars.add_task(what, total=total, now="")
         try:
@@ -40,8 +41,18 @@ class Board:
                 self.lines -= 1
                 bars.remove_task(task)
                 if not self.lines:
-                    bars.stop()
-                    self.bars = None
+                    self._stop()
+
+    def close(self) -> None:
+        """Give the terminal back as it was."""
+        with self.lock:
+            self._stop()
+
+    def _stop(self) -> None:
+        if self.bars is not None:
+            self.bars.stop()
+            atexit.unregister(self.close)
+            self.bars = None
 
 
 BOARD = Board()
@@ -97,8 +108,10 @@ def starting(*, shown: bool = True) -> Iterator[None]:
         with doing("loading libraries", shown=shown):
             yield
     finally:
-        gc.freeze()
-        atexit.unregister(gc.unfreeze)
-        atexit.register(gc.unfreeze)  # else libraries find what is frozen still there at the end, and say so
+        if not gc.get_freeze_count():  # later commands of a process would freeze what earlier ones left
+            gc.freeze()
+            atexit.register(
+                gc.unfreeze
+            )  # else libraries find what is frozen still there at the end, and say so
         if collects:
             gc.enable()

@@ -75,7 +75,7 @@ def prepare(
         if found is not None:
             return Prepared(*found)
     each()
-    sources = read_all(places, config)
+    sources = read_all(places, config, each)
     each()
     formats = [source.shape.format for source in sources]
     style = resolve_style(config.prompt, config.system, tokenizer, formats)

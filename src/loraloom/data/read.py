@@ -9,13 +9,14 @@ A .txt or .md file is one document.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, nearest
+from ..progress import nothing
 from . import csv_rows, json_rows
 from .tables import hf_rows, parquet_rows
 
@@ -63,6 +64,7 @@ def read_table(
     limit: int | None,
     label: str | None = None,
     offline: bool = False,
+    each: Callable[[], None] = nothing,
 ) -> Table:
     """Read one source.
 
@@ -71,13 +73,17 @@ def read_table(
     limit    stop after so many rows
     label    how a row's place names the file; its name if None
     offline  take a Hugging Face set from the cache
+    each     called before each row; what it raises ends the reading
 
     raises  DataError if it is missing, cannot be decoded or parsed; all broken lines at once
     """
     name = label or (path if path.startswith("hf:") else Path(path).name)
     hub = path.startswith("hf:")
     found = hf_rows(path, split, offline=offline) if hub else file_rows(locate(path), encoding)
-    rows = [Row(f"{name}:{place}", fields) for place, fields in islice(found, limit)]
+    rows = []
+    for place, fields in islice(found, limit):
+        each()
+        rows.append(Row(f"{name}:{place}", fields))
     columns = list(dict.fromkeys(key for row in rows for key in row.fields))
     return Table(path, rows, columns)
 

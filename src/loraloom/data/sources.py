@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from ..config import DataConfig, Source
 from ..errors import DataError
 from ..files import digest, file_digest
+from ..progress import nothing
 from .problems import Problems
 from .read import Table, locate, read_table
 from .report import SourceReport
@@ -38,12 +39,12 @@ class Place:
         elif self.offline:
             hf_set(self.source.path, self.source.split, offline=True)
 
-    def read(self, config: DataConfig, limit: int | None) -> Table:
-        """The first rows of the source; read once."""
+    def read(self, config: DataConfig, limit: int | None, each: Callable[[], None] = nothing) -> Table:
+        """The first rows of the source; read once. `each` is called before each row."""
         if self.table is None:
             path, split = self.source.path, self.source.split
             how: dict[str, Any] = {"encoding": config.encoding, "limit": limit, "label": self.label}
-            self.table = read_table(path, split=split, offline=self.offline, **how)
+            self.table = read_table(path, split=split, offline=self.offline, each=each, **how)
         table = self.table
         return table if limit is None else Table(table.name, table.rows[:limit], table.columns)
 
@@ -103,8 +104,12 @@ def fingerprint(place: Place, config: DataConfig) -> str:
     return digest(*(f"{row.where} {row.fields}" for row in table.rows))
 
 
-def tables_of(places: Sequence[Place], config: DataConfig) -> Iterator[tuple[Place, Table]]:
+def tables_of(
+    places: Sequence[Place], config: DataConfig, each: Callable[[], None] = nothing
+) -> Iterator[tuple[Place, Table]]:
     """Every source's rows as they stand; `limit` counts the training rows of all together.
+
+    each  called before each row; what it raises ends the reading
 
     raises  DataError if a source has none
     """
@@ -113,7 +118,7 @@ def tables_of(places: Sequence[Place], config: DataConfig) -> Iterator[tuple[Pla
         limit = left if place.use == "train" else None
         if limit == 0:
             continue
-        table = place.read(config, limit)
+        table = place.read(config, limit, each)
         if left is not None and place.use == "train":
             left -= len(table.rows)
         if not table.rows:
@@ -121,14 +126,16 @@ def tables_of(places: Sequence[Place], config: DataConfig) -> Iterator[tuple[Pla
         yield place, table
 
 
-def read_all(places: Sequence[Place], config: DataConfig) -> list[ReadSource]:
+def read_all(
+    places: Sequence[Place], config: DataConfig, each: Callable[[], None] = nothing
+) -> list[ReadSource]:
     """Every source's rows as conversations; `limit` counts the training rows of all together.
 
     raises  DataError with all the rows that must be put right
     """
     problems = Problems()
     found = []
-    for place, table in tables_of(places, config):
+    for place, table in tables_of(places, config, each):
         shape = detect(table, config.format, config.map)
         items = conversations(table, shape, problems)
         found.append(ReadSource(place.source, place.use, table.columns, shape, items))

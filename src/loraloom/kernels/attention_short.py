@@ -22,15 +22,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .twin import path_of, twin
+from .twin import has_triton, path_of, twin
 
 WIDEST = 128  # features of a head, for which tiles fit the registers
 HALF = (torch.bfloat16, torch.float16)
 
 
 def takes_short(q: Tensor) -> bool:
-    """Whether these kernels serve this device, dtype and head; shapes of the meta device stand for a GPU's."""
-    served = q.is_meta or path_of(q.device)[0] == "triton"
+    """Whether these kernels serve this device, dtype and head.
+
+    Shapes of the meta device stand for the GPU that is here, or for one with Triton.
+    """
+    here = has_triton() or not torch.cuda.is_available()
+    served = here if q.is_meta else path_of(q.device)[0] == "triton"
     return served and q.dtype in HALF and q.shape[-1] <= WIDEST
 
 
