@@ -153,6 +153,39 @@ def test_a_file_that_makes_no_study_is_refused_in_words(tmp_path: Path, keys: An
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("data.limit", [60, 120]),
+        ("data.eval", [8, 0.25]),
+        ("data.encoding", ["auto", "latin-1"]),
+        ("data.train", ["a.jsonl", "b.jsonl"]),
+        ("data", ["a.jsonl", "b.jsonl"]),
+        ("data.map", [{"prompt": "question"}, {"prompt": "title"}]),
+        ("data.format", ["auto", "text"]),
+        ("data.labels", ["classes", "numbers"]),
+        ("data.duplicates", ["drop", "keep"]),
+    ],
+)
+def test_settings_cannot_have_rows_of_their_own(tmp_path: Path, name: str, values: list[Any]) -> None:
+    """All train on the rows that were held apart for the first of them: a table would name equal runs apart."""
+    run = {"model": "m", "data": {"train": "d.jsonl"}}
+    with pytest.raises(UserError, match="rows are shared by all settings") as caught:
+        read_study(write(tmp_path, run=run, grid={name: values}))
+    wanted = "data.train" if name == "data" else name
+    (detail,) = caught.value.details
+    assert detail.startswith(f"{wanted}: ")
+    assert detail.count("(") == 2
+    assert caught.value.hint == f"set {wanted} once, in run or in set"
+    assert len(read_study(write(tmp_path, run=run, grid={name: values[:1]})).settings) == 1
+
+
+def test_settings_are_compared_by_the_same_tokens(tmp_path: Path) -> None:
+    path = write(tmp_path, run={"model": "m", "data": "d"}, grid={"data.loss_on": ["completion", "all"]})
+    with pytest.raises(UserError, match="compared by unlike scores"):
+        read_study(path)
+
+
 def test_names_that_are_near_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["study", "ranks"]) == 2
     assert "did you mean rank" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -26,12 +26,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
-from .config import RunConfig, expand_short, flatten, read_file, resolve
+from .config import RunConfig, expand_short, flatten, read_file, resolve, yaml_text
 from .config_errors import in_words
 from .config_sections import Positive, Section
 from .errors import UserError, did_you_mean
 
 FOLDER = Path(__file__).parent / "studies"
+DATA = ("train", "limit", "eval", "encoding", "format", "map", "labels", "duplicates")
+ROWS = tuple(f"data.{name}" for name in DATA)  # they decide which rows there are, and who sees them
+MEASURE = ("eval.best", "data.loss_on")  # what a setting is compared by
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -261,18 +264,40 @@ def number_of(path: Path, axis: str | None, values: Mapping[str, Any]) -> float 
 
 
 def check(study: Study) -> None:
-    """Every setting must make a run's settings, and all of them of one task: they share their rows."""
-    tasks = set()
+    """Every setting must make a run's settings, and what all of them share must not differ."""
+    configs = {}
     for setting in study.settings:
         if "train.seed" in setting.values:
             raise UserError(f"{study.path}: {setting.name} sets train.seed", hint="use repeats, or seeds")
         try:
-            tasks.add(study.config(setting).task)
+            configs[setting.name] = study.config(setting)
         except UserError as error:
             error.message = f"{study.path.name}, {setting.name}: {error.message}"
             raise
-    if len(tasks) > 1:
-        raise UserError(f"{study.path}: its settings are of different tasks", hint="set task once, in run")
+    for names, message in (
+        (("task",), "its settings are of different tasks"),
+        (ROWS, "its settings differ in their data, but the rows are shared by all settings"),
+        (MEASURE, "its settings would be compared by unlike scores"),
+    ):
+        unlike = differing(configs, names)
+        if unlike:
+            hint = f"set {' and '.join(unlike)} once, in run or in set"
+            raise UserError(f"{study.path}: {message}", details=list(unlike.values()), hint=hint)
+
+
+def differing(configs: Mapping[str, RunConfig], names: Sequence[str]) -> dict[str, str]:
+    """Those of the names that have more than one value, each in words with the first setting of a value."""
+    found = {}
+    for name in names:
+        first: dict[str, str] = {}
+        for setting, config in configs.items():
+            value = config.model_dump(mode="json")
+            for part in name.split("."):
+                value = value[part]
+            first.setdefault(yaml_text(value), setting)
+        if len(first) > 1:
+            found[name] = f"{name}: " + ", ".join(f"{text} ({setting})" for text, setting in first.items())
+    return found
 
 
 def slug(text: str) -> str:
