@@ -451,8 +451,9 @@ def test_tasks_are_scored_when_a_run_is_finished(quick: None, tiny: dict[str, An
     from task_files import make_task_files
 
     files = make_task_files(tmp_path / "files")
-    asked = {"tasks": ["causative"], "task_limit": 3, "task_data": str(files)}
-    record = run_here(write(tmp_path, run=tiny, **asked), tmp_path / "out")
+    asked = {"tasks": ["causative"], "task_limit": 3, "task_data": "files"}  # beside the study
+    path = write(tmp_path, run=tiny, **asked)
+    record = run_here(path, tmp_path / "out")
     (run,) = record["runs"]
     kept = Run(tmp_path / "out" / run["run"]).read("eval/tasks.json", {})
     assert kept["settings"]["limit"] == 3
@@ -470,6 +471,45 @@ def test_tasks_are_scored_when_a_run_is_finished(quick: None, tiny: dict[str, An
     at = columns(record["table"]).index(name)
     assert cells(row, record["table"])[at] == percent(row["tasks"][name]["mean"])
     assert name.replace("_", " ") in (tmp_path / "out" / "study.html").read_text()
+    assert record["study"]["documents"] == {
+        task: one["sha256"] for task, one in kept["settings"]["tasks"].items()
+    }
+    rows = (files / "blimp_causative.jsonl").read_text().splitlines(keepends=True)
+    (files / "blimp_causative.jsonl").write_text("".join(reversed(rows)))
+    with pytest.raises(UserError, match="other settings") as caught:
+        run_here(path, tmp_path / "out")
+    assert caught.value.details == ["not the same: documents"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:unclosed:ResourceWarning")
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (
+            {"tasks": ["causative"], "task_data": "nowhere"},
+            "names nowhere, and there is no such folder beside it",
+        ),
+        ({"tasks": ["facts"], "task_data": "files"}, "mmlu_global_facts_test.csv is missing"),
+        ({"tasks": ["arc_easy"], "task_data": "files"}, "tasks: task_data has no form for arc_easy"),
+        ({"tasks": ["causativ"]}, "there is no task 'causativ'"),
+        ({"tasks": ["mine.yaml"]}, "names mine.yaml, and there is no such file beside it"),
+        ({"tasks": ["causative"], "task_data": "files"}, "not a pair of sentence_good and sentence_bad"),
+    ],
+)
+def test_a_benchmark_that_cannot_be_had_is_said_before_anything_runs(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any], words: str
+) -> None:
+    pytest.importorskip("lm_eval")
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "blimp_causative.jsonl").write_text("{}\n")
+    (tmp_path / "elsewhere" / "nowhere").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")  # a folder of that name here is not the one that is meant
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({"run": tiny, **asked}))
+    with pytest.raises(UserError) as caught:
+        run_here(path, tmp_path / "out")
+    assert words in str(caught.value)
+    assert not (tmp_path / "out").exists()
 
 
 @linux

@@ -58,7 +58,9 @@ class StudyFile(Section):
     answers: Annotated[int, Field(ge=0)] = Field(200, description="final examples to answer for exact match")
     tasks: list[str] = Field([], description="tasks of lm-evaluation-harness, scored when a run is finished")
     task_limit: Positive | None = Field(None, description="only the first so many items of each task")
-    task_data: str | None = Field(None, description="a folder with the tasks' files, as eval --data-dir")
+    task_data: str | None = Field(
+        None, description="a folder beside the study with the tasks' files, as eval --data-dir"
+    )
     shape: str | dict[str, str] | None = Field(
         None,
         description="a config.json beside the study, to plan without the model; or one for each model's id",
@@ -124,6 +126,19 @@ class Study:
             "task_limit": self.file.task_limit,
         }
 
+    @property
+    def tasks(self) -> list[str]:
+        """Names of tasks; YAML files of one's own with their paths."""
+        return [
+            str(beside(self.path, name)) if name.endswith((".yaml", ".yml")) else name
+            for name in self.file.tasks
+        ]
+
+    @property
+    def task_data(self) -> Path | None:
+        name = self.file.task_data
+        return None if name is None else beside(self.path, name, folder=True)
+
     def shape(self, model: str) -> dict[str, Any] | None:
         """The shipped config.json of a model, if the study names one."""
         given = self.file.shape
@@ -187,12 +202,13 @@ def parse(path: Path, tree: Mapping[str, Any], lines: Mapping[str, int]) -> Stud
         raise in_words(error, dict(StudyFile.model_fields), file=path, lines=lines) from None
 
 
-def beside(path: Path, name: str) -> Path:
-    """A file that a study names: beside it, or where the name says."""
+def beside(path: Path, name: str, *, folder: bool = False) -> Path:
+    """A file or folder that a study names: beside it, or where the name says."""
     near = path.parent / name
-    if near.is_file():
+    if near.is_dir() if folder else near.is_file():
         return near
-    raise UserError(f"{path} names {name}, and there is no such file beside it")
+    kind = "folder" if folder else "file"
+    raise UserError(f"{path} names {name}, and there is no such {kind} beside it")
 
 
 def base_of(path: Path, given: StudyFile) -> dict[str, Any]:
