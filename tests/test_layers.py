@@ -99,7 +99,16 @@ LAYERS = [
         "inspection",
         "eval_verb",
     ],
-    ["console", "study_file", "study_table", "study_data", "study_plan", "study_figures", "study_page"],
+    [
+        "console",
+        "study_file",
+        "study_table",
+        "study_data",
+        "study_tasks",
+        "study_plan",
+        "study_figures",
+        "study_page",
+    ],
     ["study_run", "study", "latency"],
     ["verbs", "cli_study", "cli_inspect", "cli", "__main__"],
 ]

@@ -153,6 +153,39 @@ def test_a_file_that_makes_no_study_is_refused_in_words(tmp_path: Path, keys: An
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("data.limit", [60, 120]),
+        ("data.eval", [8, 0.25]),
+        ("data.encoding", ["auto", "latin-1"]),
+        ("data.train", ["a.jsonl", "b.jsonl"]),
+        ("data", ["a.jsonl", "b.jsonl"]),
+        ("data.map", [{"prompt": "question"}, {"prompt": "title"}]),
+        ("data.format", ["auto", "text"]),
+        ("data.labels", ["classes", "numbers"]),
+        ("data.duplicates", ["drop", "keep"]),
+    ],
+)
+def test_settings_cannot_have_rows_of_their_own(tmp_path: Path, name: str, values: list[Any]) -> None:
+    """All train on the rows that were held apart for the first of them: a table would name equal runs apart."""
+    run = {"model": "m", "data": {"train": "d.jsonl"}}
+    with pytest.raises(UserError, match="rows are shared by all settings") as caught:
+        read_study(write(tmp_path, run=run, grid={name: values}))
+    wanted = "data.train" if name == "data" else name
+    (detail,) = caught.value.details
+    assert detail.startswith(f"{wanted}: ")
+    assert detail.count("(") == 2
+    assert caught.value.hint == f"set {wanted} once, in run or in set"
+    assert len(read_study(write(tmp_path, run=run, grid={name: values[:1]})).settings) == 1
+
+
+def test_settings_are_compared_by_the_same_tokens(tmp_path: Path) -> None:
+    path = write(tmp_path, run={"model": "m", "data": "d"}, grid={"data.loss_on": ["completion", "all"]})
+    with pytest.raises(UserError, match="compared by unlike scores"):
+        read_study(path)
+
+
 def test_names_that_are_near_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["study", "ranks"]) == 2
     assert "did you mean rank" in capsys.readouterr().err
@@ -168,8 +201,7 @@ def test_the_articles_counts(name: str, preset: str) -> None:
     """Planning compares every setting's count with what the preset expects."""
     found = read_study(name, preset)
     plans = {one.name: one.trainable for one in plan_study(found, memory=False, offline=True)}
-    left_out = set(plans) - set(found.file.expected)
-    assert left_out <= {"full fine-tuning"}  # GPT-3's own count is of a model that is not public
+    assert plans == found.file.expected
 
 
 def test_the_counts_that_the_articles_print() -> None:
@@ -186,6 +218,28 @@ def test_the_counts_that_the_articles_print() -> None:
     assert of("which-rank")["q, v, r 8"] == 37_748_736  # table 4's 37.7 M
     assert of("which-rank", "gpt2")["r 4"] == 393_216
     assert max(one.x or 0 for one in read_study("rank", "published").settings) == 2048
+
+
+def test_where_our_count_is_not_the_articles_the_note_has_the_difference() -> None:
+    """Table 4 prints 175,255.8 M for all of GPT-3; the published shape has 651.5 M less, its embedding used twice."""
+    found = read_study("full-fine-tuning", "published").file
+    d, tokens, positions = 12_288, 50_257, 2_048
+    layer = 4 * d * d + 4 * d + 8 * d * d + 5 * d + 4 * d  # attention, MLP, two norms
+    whole = 96 * layer + (tokens + positions) * d + 2 * d
+    assert found.expected["full fine-tuning"] == whole
+    printed, head = 175_255.8e6, tokens * d
+    for number in (whole, printed, printed - whole, head):
+        assert f"{number / 1e6:,.1f} M" in found.note
+    assert f"other {(printed - whole - head) / 1e6:.0f} M" in found.note
+
+
+def test_what_an_article_found_stands_among_its_figures() -> None:
+    """Article 2, section 5, prints fp4's memory, and no time of its training."""
+    given = read_study("quantization", "published").file
+    one, nf4, fp4 = (given.published[name] for name in ("bf16", "nf4", "fp4"))
+    assert nf4["seconds"] / one["seconds"] == pytest.approx(1.5, abs=0.01)
+    assert {four["memory_gb"] / one["memory_gb"] < 0.67 for four in (nf4, fp4)} == {True}
+    assert ("fp4's is not told" in given.found) == ("seconds" not in fp4)
 
 
 def test_a_wrong_count_is_an_error_before_anything_runs(tiny: dict[str, Any], tmp_path: Path) -> None:
@@ -418,8 +472,9 @@ def test_tasks_are_scored_when_a_run_is_finished(quick: None, tiny: dict[str, An
     from task_files import make_task_files
 
     files = make_task_files(tmp_path / "files")
-    asked = {"tasks": ["causative"], "task_limit": 3, "task_data": str(files)}
-    record = run_here(write(tmp_path, run=tiny, **asked), tmp_path / "out")
+    asked = {"tasks": ["causative"], "task_limit": 3, "task_data": "files"}  # beside the study
+    path = write(tmp_path, run=tiny, **asked)
+    record = run_here(path, tmp_path / "out")
     (run,) = record["runs"]
     kept = Run(tmp_path / "out" / run["run"]).read("eval/tasks.json", {})
     assert kept["settings"]["limit"] == 3
@@ -437,6 +492,45 @@ def test_tasks_are_scored_when_a_run_is_finished(quick: None, tiny: dict[str, An
     at = columns(record["table"]).index(name)
     assert cells(row, record["table"])[at] == percent(row["tasks"][name]["mean"])
     assert name.replace("_", " ") in (tmp_path / "out" / "study.html").read_text()
+    assert record["study"]["documents"] == {
+        task: one["sha256"] for task, one in kept["settings"]["tasks"].items()
+    }
+    rows = (files / "blimp_causative.jsonl").read_text().splitlines(keepends=True)
+    (files / "blimp_causative.jsonl").write_text("".join(reversed(rows)))
+    with pytest.raises(UserError, match="other settings") as caught:
+        run_here(path, tmp_path / "out")
+    assert caught.value.details == ["not the same: documents"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:unclosed:ResourceWarning")
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (
+            {"tasks": ["causative"], "task_data": "nowhere"},
+            "names nowhere, and there is no such folder beside it",
+        ),
+        ({"tasks": ["facts"], "task_data": "files"}, "mmlu_global_facts_test.csv is missing"),
+        ({"tasks": ["arc_easy"], "task_data": "files"}, "tasks: task_data has no form for arc_easy"),
+        ({"tasks": ["causativ"]}, "there is no task 'causativ'"),
+        ({"tasks": ["mine.yaml"]}, "names mine.yaml, and there is no such file beside it"),
+        ({"tasks": ["causative"], "task_data": "files"}, "not a pair of sentence_good and sentence_bad"),
+    ],
+)
+def test_a_benchmark_that_cannot_be_had_is_said_before_anything_runs(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any], words: str
+) -> None:
+    pytest.importorskip("lm_eval")
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "blimp_causative.jsonl").write_text("{}\n")
+    (tmp_path / "elsewhere" / "nowhere").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")  # a folder of that name here is not the one that is meant
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({"run": tiny, **asked}))
+    with pytest.raises(UserError) as caught:
+        run_here(path, tmp_path / "out")
+    assert words in str(caught.value)
+    assert not (tmp_path / "out").exists()
 
 
 @linux
@@ -672,6 +766,9 @@ def test_the_command_lists_and_plans(capsys: pytest.CaptureFixture[str]) -> None
     assert cli.run(["study", "layers", "--preset", "published", "--plan", "--offline"]) == 0
     said = capsys.readouterr().out
     assert "20,277,248 =" in said
+    assert cli.run(["study", "full-fine-tuning", "--preset", "published", "--plan", "--offline"]) == 0
+    assert "174,604,259,328 =" in (told := capsys.readouterr().out)
+    assert "175,255.8 M" in told
     assert cli.run(["study", "weight-types", "--preset", "published"]) == 2
     assert "not public" in capsys.readouterr().err
 

@@ -133,6 +133,8 @@ def test_the_weights_that_table_2_prints() -> None:
         assert plans == {"RoBERTa base": 12 * 2 * 8 * 2 * 768, "RoBERTa large": 24 * 2 * 8 * 2 * 1024}
         figures = {key for one in found.file.published.values() for key in one}
         assert figures == {glue.TASKS[task].metric}
+        part = glue.TASKS[task].held_out != "validation"  # the published figures are of all of it
+        assert ("mismatched" in found.file.note) == part
 
 
 @pytest.mark.parametrize(
@@ -170,6 +172,22 @@ def test_settings_of_two_tasks_are_no_study(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="different tasks"):
         read_study(path)
+
+
+def test_settings_are_compared_by_one_metric(tmp_path: Path) -> None:
+    """A loss of 0.689 beside accuracies would be shown as 68.9 %, and could win."""
+    path = write(
+        tmp_path,
+        run={"task": "classification", "model": "m", "data": "d.csv"},
+        settings=[{"name": "by loss", "eval.best": "loss"}, {"name": "as given"}],
+    )
+    with pytest.raises(UserError, match="compared by unlike scores") as caught:
+        read_study(path)
+    assert caught.value.details == ["eval.best: loss (by loss), auto (as given)"]
+    both = write(
+        tmp_path, run={"model": "m", "data": "d"}, grid={"task": ["classification"], "eval.best": ["loss"]}
+    )
+    assert read_study(both).config(read_study(both).settings[0]).eval.best == "loss"
 
 
 def test_a_column_that_is_not_there_is_said(encoder: Path, tmp_path: Path) -> None:

@@ -128,13 +128,17 @@ def show_plans(name: str, preset: str | None, offline: bool, as_json: bool) -> A
         counted = f"{one.trainable:,} {checked}".strip()
         lines.append([one.name, counted, console.size(one.state), memory, steps, known])
     show_lines(lines, left=(0, 5))
-    runs = f"{len(found.settings)} settings, {len(found.seeds)} seeds: {len(found.settings) * len(found.seeds)} runs"
+    counts = (len(found.settings), "setting"), (len(found.seeds), "seed")
+    every = plural(len(found.settings) * len(found.seeds), "run")
+    runs = f"{', '.join(plural(*count) for count in counts)}: {every}"
     only = f"; can only be planned: {found.file.plan_only}" if found.file.plan_only else ""
     console.out.print(Text(f"{runs}{only}", style="dim"))
     told = "= the count that the study expects; the peak is predicted for a GPU, without its context"
     if found.config(found.settings[0]).task == "classification":
         told = "= the count that the study expects, without the head, which trains too"
     console.out.print(Text(told, style="dim"))
+    if found.file.note:
+        console.out.print(Text(found.file.note, style="dim"))
     return None
 
 

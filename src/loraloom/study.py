@@ -35,6 +35,7 @@ from .study_page import write_page
 from .study_plan import plan_study
 from .study_run import FINISHED, SCORES, TASKS
 from .study_table import LOSS, sentences, table
+from .study_tasks import check_tasks
 
 RECORD = "study.json"
 SIDES = "data/sides.json"  # written last: how many rows each side has
@@ -48,8 +49,14 @@ def silent(kind: str, record: Any) -> None:
 class Folder:
     """A study's folder on the disk."""
 
-    def __init__(self, path: Path, study: Study) -> None:
-        self.path, self.study = path, study
+    def __init__(self, path: Path, study: Study, documents: Mapping[str, str] | None = None) -> None:
+        """documents: the digests of the benchmarks' own documents, by task"""
+        self.path, self.study, self.documents = path, study, dict(documents or {})
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the folder belongs to."""
+        return self.study.to_dict() | ({"documents": self.documents} if self.documents else {})
 
     @property
     def sides(self) -> dict[str, Any]:
@@ -69,15 +76,18 @@ class Folder:
         known = self.path / RECORD
         if known.is_file():
             before = json.loads(known.read_text(encoding="utf-8"))
-            if before.get("study") != json.loads(json.dumps(self.study.to_dict())):
+            known_as, now = before.get("study", {}), json.loads(json.dumps(self.identity))
+            if known_as != now:
+                unlike = [key for key in known_as | now if known_as.get(key) != now.get(key)]
                 raise UserError(
                     f"{self.path} holds a study with other settings",
+                    details=[f"not the same: {', '.join(unlike)}"],
                     hint="name another folder with -o; that one's results stay as they are",
                 )
             return
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise UserError(f"{self.path} is not empty, and holds no study", hint="name another one with -o")
-        write_json(known, {"study": self.study.to_dict(), "command": command})
+        write_json(known, {"study": self.identity, "command": command})
 
     def split(self, *, offline: bool = False) -> None:
         """Hold the rows out and write them, unless that is done."""
@@ -103,9 +113,9 @@ class Folder:
             "settings": self.settings(setting, seed, name),
             "final": str(self.path / "data" / "final.jsonl"),
             "answers": self.study.file.answers,
-            "tasks": self.study.file.tasks,
+            "tasks": self.study.tasks,
             "task_limit": self.study.file.task_limit,
-            "task_data": self.study.file.task_data,
+            "task_data": str(self.study.task_data) if self.study.task_data else None,
             "failure": str(self.failure(name)),
         }
 
@@ -139,7 +149,7 @@ class Folder:
         rows = table(self.study, runs)
         given = self.study.file
         record = {
-            "study": self.study.to_dict(),
+            "study": self.identity,
             "command": command,
             "asks": given.asks,
             "source": given.source,
@@ -183,14 +193,11 @@ def study(
         raise UserError(
             f"{found.name}, {found.preset}, can only be planned: {found.file.plan_only}", hint="--plan"
         )
-    if found.file.tasks and find_spec("lm_eval") is None:
-        raise UserError(
-            f"{found.name} asks for {', '.join(found.file.tasks)}", hint="pip install 'loraloom[eval]'"
-        )
     place = Path(out or default_folder(found))
     words = argv or sys.argv
-    folder, command = Folder(place, found), shlex.join([Path(words[0]).name, *words[1:]])
     plan_study(found, memory=False, offline=offline)  # the counts must be right before hours are spent
+    folder = Folder(place, found, check_tasks(found, offline=offline))
+    command = shlex.join([Path(words[0]).name, *words[1:]])
     folder.begin(command)
     folder.split(offline=offline)
     every = runs_of(found)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -26,12 +26,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
-from .config import RunConfig, expand_short, flatten, read_file, resolve
+from .config import RunConfig, expand_short, flatten, read_file, resolve, yaml_text
 from .config_errors import in_words
 from .config_sections import Positive, Section
 from .errors import UserError, did_you_mean
 
 FOLDER = Path(__file__).parent / "studies"
+DATA = ("train", "limit", "eval", "encoding", "format", "map", "labels", "duplicates")
+ROWS = tuple(f"data.{name}" for name in DATA)  # they decide which rows there are, and who sees them
+MEASURE = ("eval.best", "data.loss_on")  # what a setting is compared by
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -55,7 +58,9 @@ class StudyFile(Section):
     answers: Annotated[int, Field(ge=0)] = Field(200, description="final examples to answer for exact match")
     tasks: list[str] = Field([], description="tasks of lm-evaluation-harness, scored when a run is finished")
     task_limit: Positive | None = Field(None, description="only the first so many items of each task")
-    task_data: str | None = Field(None, description="a folder with the tasks' files, as eval --data-dir")
+    task_data: str | None = Field(
+        None, description="a folder beside the study with the tasks' files, as eval --data-dir"
+    )
     shape: str | dict[str, str] | None = Field(
         None,
         description="a config.json beside the study, to plan without the model; or one for each model's id",
@@ -121,6 +126,19 @@ class Study:
             "task_limit": self.file.task_limit,
         }
 
+    @property
+    def tasks(self) -> list[str]:
+        """Names of tasks; YAML files of one's own with their paths."""
+        return [
+            str(beside(self.path, name)) if name.endswith((".yaml", ".yml")) else name
+            for name in self.file.tasks
+        ]
+
+    @property
+    def task_data(self) -> Path | None:
+        name = self.file.task_data
+        return None if name is None else beside(self.path, name, folder=True)
+
     def shape(self, model: str) -> dict[str, Any] | None:
         """The shipped config.json of a model, if the study names one."""
         given = self.file.shape
@@ -184,12 +202,13 @@ def parse(path: Path, tree: Mapping[str, Any], lines: Mapping[str, int]) -> Stud
         raise in_words(error, dict(StudyFile.model_fields), file=path, lines=lines) from None
 
 
-def beside(path: Path, name: str) -> Path:
-    """A file that a study names: beside it, or where the name says."""
+def beside(path: Path, name: str, *, folder: bool = False) -> Path:
+    """A file or folder that a study names: beside it, or where the name says."""
     near = path.parent / name
-    if near.is_file():
+    if near.is_dir() if folder else near.is_file():
         return near
-    raise UserError(f"{path} names {name}, and there is no such file beside it")
+    kind = "folder" if folder else "file"
+    raise UserError(f"{path} names {name}, and there is no such {kind} beside it")
 
 
 def base_of(path: Path, given: StudyFile) -> dict[str, Any]:
@@ -261,18 +280,40 @@ def number_of(path: Path, axis: str | None, values: Mapping[str, Any]) -> float 
 
 
 def check(study: Study) -> None:
-    """Every setting must make a run's settings, and all of them of one task: they share their rows."""
-    tasks = set()
+    """Every setting must make a run's settings, and what all of them share must not differ."""
+    configs = {}
     for setting in study.settings:
         if "train.seed" in setting.values:
             raise UserError(f"{study.path}: {setting.name} sets train.seed", hint="use repeats, or seeds")
         try:
-            tasks.add(study.config(setting).task)
+            configs[setting.name] = study.config(setting)
         except UserError as error:
             error.message = f"{study.path.name}, {setting.name}: {error.message}"
             raise
-    if len(tasks) > 1:
-        raise UserError(f"{study.path}: its settings are of different tasks", hint="set task once, in run")
+    for names, message in (
+        (("task",), "its settings are of different tasks"),
+        (ROWS, "its settings differ in their data, but the rows are shared by all settings"),
+        (MEASURE, "its settings would be compared by unlike scores"),
+    ):
+        unlike = differing(configs, names)
+        if unlike:
+            hint = f"set {' and '.join(unlike)} once, in run or in set"
+            raise UserError(f"{study.path}: {message}", details=list(unlike.values()), hint=hint)
+
+
+def differing(configs: Mapping[str, RunConfig], names: Sequence[str]) -> dict[str, str]:
+    """Those of the names that have more than one value, each in words with the first setting of a value."""
+    found = {}
+    for name in names:
+        first: dict[str, str] = {}
+        for setting, config in configs.items():
+            value = config.model_dump(mode="json")
+            for part in name.split("."):
+                value = value[part]
+            first.setdefault(yaml_text(value), setting)
+        if len(first) > 1:
+            found[name] = f"{name}: " + ", ".join(f"{text} ({setting})" for text, setting in first.items())
+    return found
 
 
 def slug(text: str) -> str:
