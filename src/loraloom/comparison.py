@@ -300,11 +300,10 @@ def groups(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         found.setdefault(row["table"], []).append(row_view(row))
-    constant = {row["table"] for row in rows if row["base_is"] == CONSTANT}
-    return [
-        {"name": name, "rows": own, "about": f"base: the {CONSTANT}" if name in constant else ""}
-        for name, own in found.items()
-    ]
+    sides = {name: {row["base_is"] for row in rows if row["table"] == name} for name in found}
+    about = {name: f"base: the {CONSTANT}" if CONSTANT in kinds else "" for name, kinds in sides.items()}
+    about |= {name: f"{about[name]}, of a classifier" for name, kinds in sides.items() if len(kinds) > 1}
+    return [{"name": name, "rows": own, "about": about[name]} for name, own in found.items()]
 
 
 def row_view(row: Mapping[str, Any]) -> dict[str, Any]:
