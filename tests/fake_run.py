@@ -172,6 +172,7 @@ def evaluation() -> dict[str, Any]:
         return {
             "metric": metric,
             "unit": unit,
+            "items": 620,
             "lower_is_better": unit == "nats/token",
             "base": {"value": base, "stderr": error},
             "tuned": {"value": tuned, "stderr": error},
@@ -185,7 +186,12 @@ def evaluation() -> dict[str, Any]:
     return {
         "name": "held-out",
         "created": "2026-11-22T09:25:00+00:00",
-        "settings": {"rows": 620, "max_new_tokens": 64, "batch_size": 8},
+        "settings": {
+            "examples": 620,
+            "rows": "sha256:0123456789abcdef",
+            "answers": 620,
+            "max_new_tokens": 64,
+        },
         "rows": [
             row("loss", "nats/token", 2.904, 1.187, 0.021, "better"),
             row("exact match", "share", 0.121, 0.643, 0.019, "better"),

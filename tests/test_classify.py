@@ -411,6 +411,10 @@ def test_eval_reads_a_file_and_prints_a_table(
     assert "label \\ answer" in said
     result = finished.read("eval/new.json", None)
     assert result["settings"]["examples"] == 40
+    assert result["settings"]["rows"] != finished.read("eval/held-out.json", None)["settings"]["rows"]
+    named = make_rows(tmp_path / "held-out.jsonl", items)
+    with pytest.raises(UserError, match="would be kept as held-out"):
+        use.evaluate(finished.path, data=str(named), offline=True)
 
 
 def test_labels_that_training_does_not_have_are_refused(finished: Any, tmp_path: Path) -> None:

@@ -14,11 +14,13 @@ from loraloom import cli
 from loraloom.comparison import BEHIND, BEST, TRAINING, comparison, groups
 from loraloom.files import write_json
 from loraloom.noise import WITHIN
+from loraloom.report import curves_of
 from loraloom.rundir import Run
 
 
 def row(metric: str, base: float, tuned: float, error: float | None, **more: Any) -> dict[str, Any]:
-    found = {"metric": metric, "unit": "share", "lower_is_better": False}
+    """Of 100 items, but no count of them: a share with one is judged by its counts."""
+    found = {"metric": metric, "unit": "score", "lower_is_better": False, "items": 100}
     return (
         found | {"base": {"value": base, "stderr": error}, "tuned": {"value": tuned, "stderr": error}} | more
     )
@@ -31,8 +33,20 @@ def run_with(path: Path, tables: dict[str, dict[str, Any]], **settings: Any) -> 
     return run
 
 
-def held(*rows: dict[str, Any], examples: int = 100) -> dict[str, Any]:
-    return {"settings": {"examples": examples}, "rows": list(rows)}
+def held(*rows: dict[str, Any], digest: str | None = "sha256:1") -> dict[str, Any]:
+    return {"settings": {"examples": 100} | ({"rows": digest} if digest else {}), "rows": list(rows)}
+
+
+def task_row(task: str, value: float, error: float | None = 0.01, **more: Any) -> dict[str, Any]:
+    return row(f"{task} acc", 0.2, value, error, task=task, score="acc", **more)
+
+
+def trained(run: Run, **best: Any) -> Run:
+    """A run with the evaluation that training makes, on the rows that every such run has."""
+    run.log({"kind": "eval", "step": 8, "loss": 1.0} | best)
+    (run.path / "data" / "held-out").mkdir(parents=True, exist_ok=True)
+    (run.path / "data" / "held-out" / "tokens.safetensors").write_bytes(b"rows")
+    return run
 
 
 def verdicts(found: dict[str, Any], metric: str) -> list[str | None]:
@@ -41,7 +55,7 @@ def verdicts(found: dict[str, Any], metric: str) -> list[str | None]:
 
 
 def test_the_best_is_marked_only_beyond_noise_of_every_other(tmp_path: Path) -> None:
-    """1.96 standard errors of a difference of two errors of 0.01 are 0.0277."""
+    """Student's 1.97 standard errors of a difference of two errors of 0.01 are 0.0279."""
     values = {"clear": (0.60, 0.63, 0.50), "close": (0.60, 0.627, 0.50), "even": (0.5, 0.51, 0.52)}
     runs = [
         run_with(
@@ -54,7 +68,7 @@ def test_the_best_is_marked_only_beyond_noise_of_every_other(tmp_path: Path) -> 
     assert verdicts(found, "clear") == [BEHIND, BEST, BEHIND]
     assert verdicts(found, "close") == [WITHIN, WITHIN, BEHIND]
     assert verdicts(found, "even") == [WITHIN, WITHIN, WITHIN]
-    assert found["summary"].startswith("r1 (63.0 ± 1.0\u202f%) has the best clear (held-out)")
+    assert found["summary"].startswith("r1 (0.6300 ± 0.010) has the best clear (held-out): every other")
 
 
 def test_lower_is_better_where_it_is(tmp_path: Path) -> None:
@@ -78,7 +92,32 @@ def test_what_has_no_known_error_or_direction_is_not_called_better(
         run_with(tmp_path / name, {"t": held(row("score", 0.1, value, error, lower_is_better=lower))})
         for name, value in (("a", 0.0), ("b", 1.0))
     ]
-    assert BEST not in verdicts(comparison(runs), "score")
+    assert verdicts(comparison(runs), "score") == [None, None]
+
+
+def test_shares_of_all_or_none_are_told_by_their_counts(tmp_path: Path) -> None:
+    """Fisher's p of 0 against 4 of 4 is 0.029, of 0 against 3 of 3 it is 0.1; like shares are even."""
+    for count, said in ((3, WITHIN), (4, BEST)):
+        runs = [
+            run_with(
+                tmp_path / f"{name}{count}",
+                {"t": held(row("m", 0.1, value, 0.0, unit="share", items=count))},
+            )
+            for name, value in (("a", 0.0), ("b", 1.0))
+        ]
+        assert verdicts(comparison(runs), "m")[1] == said
+    runs = [run_with(tmp_path / name, {"t": held(row("m", 0.1, 1.0, 0.0))}) for name in "cd"]
+    assert verdicts(comparison(runs), "m") == [WITHIN, WITHIN]
+
+
+def test_of_few_examples_more_is_noise(tmp_path: Path) -> None:
+    """2.2 standard errors of the difference: beyond 1.96, within Student's 2.31 of twice 5 examples."""
+    for items, said in ((5, WITHIN), (500, BEST)):
+        runs = [
+            run_with(tmp_path / f"{name}{items}", {"t": held(row("m", 0.1, value, 0.1, items=items))})
+            for name, value in (("a", 1.0), ("b", 1.31))
+        ]
+        assert verdicts(comparison(runs), "m")[1] == said
 
 
 def test_what_was_asked_differently_is_shown_and_not_judged(tmp_path: Path) -> None:
@@ -95,19 +134,107 @@ def test_what_was_asked_differently_is_shown_and_not_judged(tmp_path: Path) -> N
     found = comparison([run_with(tmp_path / f"r{i}", {"arc": table}) for i, table in enumerate(tables)])
     (line,) = found["measurements"]
     assert line["metric"] == "arc, acc"
-    assert line["note"] == "shots"
+    assert line["note"] == "not the same: shots"
     assert verdicts(found, "arc, acc") == [None, None]
     assert [one["value"] for one in line["runs"]] == [0.5, 0.9]
     assert "none is called the best" in found["summary"]
 
 
-def test_held_out_rows_of_two_runs_must_be_the_same(tmp_path: Path) -> None:
-    runs = [run_with(tmp_path / n, {"held-out": held(row("exact match", 0.1, 0.5, 0.01))}) for n in "ab"]
-    for place, run in enumerate(runs):
-        (run.path / "data" / "held-out").mkdir(parents=True)
-        (run.path / "data" / "held-out" / "tokens.safetensors").write_bytes(bytes([place]))
-    (line,) = comparison(runs)["measurements"]
-    assert line["note"] == "held-out rows or their tokens"
+@pytest.mark.parametrize("name", ["held-out", "new"])
+@pytest.mark.parametrize(
+    ("digests", "note"),
+    [
+        (("sha256:1", "sha256:2"), "not the same: rows or their tokens"),
+        (("sha256:1", None), "not the same: rows or their tokens"),
+        ((None, None), "not known to be the same: rows or their tokens"),
+    ],
+)
+def test_runs_are_judged_on_the_same_rows_alone(
+    name: str, digests: tuple[str | None, str | None], note: str, tmp_path: Path
+) -> None:
+    """Training's own rows are the same: they do not vouch for those of a table."""
+    runs = [
+        trained(run_with(tmp_path / n, {name: held(row("m", 0.1, value, 0.01), digest=digest)}))
+        for n, value, digest in zip("ab", (0.5, 0.9), digests, strict=True)
+    ]
+    line = comparison(runs)["measurements"][-1]
+    assert line["note"] == note
+    assert [one.get("verdict") for one in line["runs"]] == [None, None]
+
+
+def test_other_documents_of_a_local_task_are_other_questions(tmp_path: Path) -> None:
+    runs = []
+    for n in "ab":
+        about = {"arc_local": {"shots": 0, "items": 50, "version": 1, "sha256": n}}
+        table = {"settings": {"tasks": about}, "rows": [task_row("arc_local", 0.5)]}
+        runs.append(run_with(tmp_path / n, {"arc": table}))
+    assert comparison(runs)["measurements"][0]["note"] == "not the same: sha256"
+
+
+def test_a_group_is_asked_what_its_tasks_are(tmp_path: Path) -> None:
+    runs = []
+    for shots in (0, 5):
+        about = {name: {"shots": of, "items": 50, "version": 1} for name, of in (("law", 0), ("math", shots))}
+        table = {
+            "settings": {"tasks": about},
+            "rows": [task_row("mmlu", 0.5 + shots / 10), task_row("law", 0.5)],
+        }
+        runs.append(run_with(tmp_path / f"r{shots}", {"mmlu": table}))
+    notes = {line["metric"]: line["note"] for line in comparison(runs)["measurements"]}
+    assert notes == {"mmlu, acc": "not the same: shots", "law, acc": ""}
+
+
+def test_units_do_not_share_a_row_nor_a_chart(tmp_path: Path) -> None:
+    text = trained(run_with(tmp_path / "text", {}))
+    text.update(base_loss=2.0, best={"step": 8, "loss": 1.0})
+    numbers = trained(run_with(tmp_path / "numbers", {}, task="classification"))
+    found = comparison([text, numbers])
+    assert [(line["metric"], line["unit"]) for line in found["measurements"]] == [
+        ("loss", "nats/token"),
+        ("loss", "squared"),
+    ]
+    assert [line["base"] and line["base"]["value"] for line in found["measurements"]] == [2.0, None]
+    charts = {chart.unit: chart for chart in curves_of([text, numbers], found["names"]) if chart.count}
+    assert list(charts) == ["nats per target token", "squared error"]
+
+
+def test_a_base_that_one_run_lacks_is_not_that_of_all(tmp_path: Path) -> None:
+    rows = [row("m", 0.4, 0.5, 0.01), row("m", 0.4, 0.5, 0.01) | {"base": None}]
+    runs = [run_with(tmp_path / n, {"t": held(one)}) for n, one in zip("ab", rows, strict=True)]
+    found = comparison(runs)
+    assert found["measurements"][0]["base"] is None
+    cells = groups(found["measurements"])[0]["rows"][0]["cells"]
+    assert [one["base"] for one in cells] == ["base 0.4000 ± 0.010", ""]
+
+
+def test_the_summary_names_the_table_and_the_direction(tmp_path: Path) -> None:
+    """A row that does not say which way is better has no highest; a table is not training."""
+    lines = [("word_perplexity", None), ("bleu", False)]
+    runs = [
+        run_with(
+            tmp_path / n,
+            {"nlg": held(*(row(m, 0.1, value, None, lower_is_better=lower) for m, lower in lines))},
+        )
+        for n, value in (("a", 0.5), ("b", 0.75))
+    ]
+    assert comparison(runs)["summary"] == (
+        "b had the highest bleu (nlg), 0.7500; a had 0.5000. Whether that is more than noise is not known."
+    )
+
+
+def test_the_summary_counts_the_runs_that_were_measured(tmp_path: Path) -> None:
+    values = (("a", 0.5), ("b", 0.75), ("c", None))
+    runs = [
+        run_with(tmp_path / n, {"t": held(row("bleu", 0.1, value, 0.01))} if value else {})
+        for n, value in values
+    ]
+    said = "has the best bleu (t) of the 2 runs measured at it: every other is further off than noise."
+    assert comparison(runs)["summary"].endswith(said)
+
+
+def test_runs_that_are_even_stand_in_their_order(tmp_path: Path) -> None:
+    run = trained(run_with(tmp_path / "a", {}))
+    assert comparison([run, run])["summary"].startswith("a (1) and a (2) have the same held-out loss, ")
 
 
 def test_bases_that_differ_stand_below_each_run(tmp_path: Path) -> None:
@@ -118,8 +245,8 @@ def test_bases_that_differ_stand_below_each_run(tmp_path: Path) -> None:
     assert found["measurements"][0]["base"] is None
     (group,) = groups(found["measurements"])
     assert [one["base"] for one in group["rows"][0]["cells"]] == [
-        "base 40.0 ± 1.0\u202f%",
-        "base 30.0 ± 1.0\u202f%",
+        "base 0.4000 ± 0.010",
+        "base 0.3000 ± 0.010",
     ]
 
 
@@ -137,7 +264,7 @@ def test_classifiers_are_compared_by_their_metrics_beside_the_constant_answer(tm
     runs = []
     for name, value in (("a", 0.80), ("b", 0.90)):
         measured = row("accuracy", 0.5, value, 0.01, constant={"value": 0.7, "stderr": 0.02})
-        table = {"task": "classification", "settings": {"examples": 500}, "rows": [measured]}
+        table = {"task": "classification", "settings": {"rows": "sha256:1"}, "rows": [measured]}
         run = run_with(tmp_path / name, {"held-out": table}, task="classification")
         run.log({"kind": "eval", "step": 0, "loss": 0.69, "accuracy": 0.5, "metric": "accuracy"})
         run.log({"kind": "eval", "step": 8, "loss": 0.4, "f1": 0.3, "accuracy": value, "metric": "accuracy"})
@@ -170,7 +297,7 @@ def test_json_holds_what_the_page_shows(tmp_path: Path, capsys: pytest.CaptureFi
     assert found["report"] == str(page)
     assert found["names"] == ["a", "b"]
     assert " ".join(found["summary"].split()) in text
-    assert "exact match 10.0 ± 1.0 % 50.0 ± 1.0 % 80.0 ± 1.0 %" in text.replace("\u202f", " ")
+    assert "exact match score 0.1000 ± 0.010 0.5000 ± 0.010 0.8000 ± 0.010" in text.replace("\u202f", " ")
     assert found["measurements"][0]["runs"][1]["verdict"] == BEST
     assert ["r", ["4", "8"]] in found["differences"]
     assert [row["name"] for row in found["costs"]] == ["steps"]

@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 from tiny_models import END, PAD, FakeAdapters, byte_tokenizer, causal
 
@@ -19,7 +22,7 @@ from loraloom.errors import DataError, NonFinite, UserError
 from loraloom.evaluate import choose_tasks, evaluate_run, references_of, render
 from loraloom.generate import generate
 from loraloom.heldout import held_out
-from loraloom.noise import ratio_stderr, share_stderr, share_verdict, verdict
+from loraloom.noise import fisher, ratio_stderr, satterthwaite, share_stderr, share_verdict, student, verdict
 
 TOKENIZER = byte_tokenizer()
 
@@ -131,7 +134,43 @@ def test_share_stderr_is_binomial() -> None:
     ],
 )
 def test_verdict(change: float, stderr: float | None, lower: bool, expected: str) -> None:
-    assert verdict(change, stderr, lower_is_better=lower) == expected
+    assert verdict(change, stderr, 1000, lower_is_better=lower) == expected
+
+
+def test_few_examples_have_wider_noise() -> None:
+    """Student's factor for 5 examples is 2.776; without any spread, examples that move alike are tossed coins."""
+    assert verdict(2.7, 1.0, 4, lower_is_better=False) == "within noise"
+    assert verdict(2.8, 1.0, 4, lower_is_better=False) == "better"
+    assert verdict(0.5, 0.0, 4, lower_is_better=False) == "within noise"
+    assert verdict(0.5, 0.0, 5, lower_is_better=False) == "better"
+    assert verdict(math.nan, 0.1, 4, lower_is_better=False) == "within noise"
+
+
+@pytest.mark.parametrize(("errors", "counts", "freedom"), [((0.2, 0.2), (5, 5), 8), ((0.2, 0), (5, 9), 4)])
+def test_errors_of_two_samples_have_satterthwaites_freedom(
+    errors: tuple[float, float], counts: tuple[int, int], freedom: float
+) -> None:
+    assert satterthwaite(errors, counts) == pytest.approx(freedom)
+
+
+def test_student_of_many_is_the_normal_law() -> None:
+    for freedom in (1e4, 1e8):
+        for t in (0.5, 1.96, 60.0):
+            assert student(t, freedom) == pytest.approx(math.erfc(t / math.sqrt(2)), abs=1e-4)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 300), st.integers(1, 300), st.data())
+def test_fisher_is_scipys(n: int, m: int, data: st.DataObject) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    a, b = data.draw(st.integers(0, n)), data.draw(st.integers(0, m))
+    assert fisher((a, b), (n, m)) == pytest.approx(stats.fisher_exact([[a, n - a], [b, m - b]])[1], rel=1e-6)
+
+
+def test_fisher_at_the_size_of_a_benchmark() -> None:
+    """The tea test's 0.486; and 14,000 items with shares whose normal test says p = 0.0500."""
+    assert fisher((3, 1), (4, 4)) == pytest.approx(0.4857, abs=1e-4)
+    assert fisher((7000, 7164), (14000, 14000)) == pytest.approx(0.0513, abs=1e-3)
 
 
 def test_share_verdict_is_the_exact_sign_test() -> None:
@@ -151,6 +190,7 @@ def test_the_table_says_what_was_measured() -> None:
     assert result["name"] == "held-out"
     assert result["settings"] | {"device": "cpu"} == {
         "examples": 12,
+        "rows": result["settings"]["rows"],
         "targets": sum(one.targets for one in examples),
         "answers": 6,
         "max_new_tokens": 12,
@@ -175,6 +215,17 @@ def test_the_table_says_what_was_measured() -> None:
     assert ppl["tuned"]["value"] == pytest.approx(math.exp(tuned.mean))
     assert ppl["base"]["stderr"] == pytest.approx(ppl["base"]["value"] * loss["base"]["stderr"])
     assert [one["metric"] for one in result["rows"]] == ["loss", "perplexity", "exact match", "stopped"]
+
+
+def test_other_rows_have_another_digest() -> None:
+    """As many tokens, as many of them trained; only what they are, or which are trained, differs."""
+    model = causal()
+    sets = [some_examples(2), some_examples(2), some_examples(2)[::-1]]
+    first = sets[0][0]
+    sets.append([replace(first, labels=[IGNORED, *first.labels[1:-1], IGNORED]), sets[0][1]])
+    found = [run(model, FakeAdapters(model), one, num_answers=0)["settings"]["rows"] for one in sets]
+    assert found[0] == found[1]
+    assert len(set(found)) == 3
 
 
 def test_exact_match_compares_greedy_answers_with_references() -> None:

@@ -507,9 +507,21 @@ def test_a_group_weighs_its_tasks_as_lm_eval_does(
     assert change.stderr == pytest.approx(float(np.hypot(errors[0] / 2, errors[1] / 2)))
 
 
+@pytest.mark.parametrize(("count", "said"), [(5, "within noise"), (50, "better")])
+def test_few_items_have_wider_noise(count: int, said: str) -> None:
+    """2.3 standard errors of the mean difference: beyond 1.96, within Student's 2.78 of 5 items."""
+    pattern = [0.0, 0.2, 0.3, 0.4, 0.5]
+    spread = float(np.std(pattern, ddof=1 if count == 5 else 0) / (count if count == 5 else count - 1) ** 0.5)
+    shift = 2.3 * spread - float(np.mean(pattern))
+    after = [0.3 + value + shift for value in pattern] * (count // 5)
+    (row,) = scores.paired_rows(results_of({"t": [0.3] * count}), results_of({"t": after}))
+    assert row["change"] / row["change_stderr"] == pytest.approx(2.3)
+    assert row["verdict"] == said
+
+
 def test_scores_that_are_no_means_have_their_own_errors() -> None:
     def perplexity(value: float) -> dict[str, Any]:
-        held = results_of({"t": [0.0, 1.0]}, "word_perplexity")
+        held = results_of({"t": [0.0, 1.0] * 20}, "word_perplexity")
         held["results"]["t"] = {
             "word_perplexity,none": value,
             "word_perplexity_stderr,none": 0.3,

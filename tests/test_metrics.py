@@ -11,8 +11,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from loraloom.metrics import CLASS_METRICS, majority, of_classes, of_numbers, ranks, stderr
-from loraloom.noise import share_stderr
+from loraloom.metrics import CLASS_METRICS, majority, of_classes, of_numbers, ranks
+from loraloom.noise import share_stderr, spread
 
 CLASSES = st.integers(2, 4)
 NUMBERS = st.lists(st.tuples(st.integers(-4, 4), st.integers(-4, 4)), min_size=3, max_size=25)
@@ -98,8 +98,14 @@ def test_influences_are_of_the_metric_taken_without_each_example(pairs: list[tup
         without = [of_numbers(metric, x[:i] + x[i + 1 :], y[:i] + y[i + 1 :])[0] for i in range(n)]
         mean = statistics.fmean(without)
         jackknife = math.sqrt((n - 1) / n * sum((one - mean) ** 2 for one in without))
-        assert stderr(influence) == pytest.approx(jackknife, abs=1e-8)
+        assert spread(influence) == pytest.approx(jackknife, abs=1e-8)
         assert -1 - 1e-9 <= value <= 1 + 1e-9
+
+
+def test_two_numbers_have_a_correlation_and_no_error() -> None:
+    value, influence = of_numbers("pearson", [1.0, 2.0], [1.0, 3.0])
+    assert value == pytest.approx(1)
+    assert spread(influence) is None
 
 
 def test_constant_answers_have_no_correlation() -> None:
@@ -113,7 +119,7 @@ def test_the_error_of_accuracy_is_binomial() -> None:
     assert value == 0.8
     exact = share_stderr(0.8, 100)
     assert exact is not None
-    assert stderr(influence) == pytest.approx(exact * math.sqrt(100 / 99), rel=1e-9)
+    assert spread(influence) == pytest.approx(exact * math.sqrt(100 / 99), rel=1e-9)
 
 
 @pytest.mark.parametrize("metric", ["f1", "matthews", "pearson", "spearman"])
@@ -128,7 +134,7 @@ def test_errors_are_those_of_the_bootstrap(metric: str) -> None:
         labels = rng.normal(size=400)
         given_ = labels + rng.normal(size=400)
         value_of = lambda x, y: of_numbers(metric, x.tolist(), y.tolist())  # noqa: E731
-    ours = stderr(value_of(labels, given_)[1])
+    ours = spread(value_of(labels, given_)[1])
     if metric in CLASS_METRICS:
         draw = lambda at: value_of(labels[at], given_[at])[0]  # noqa: E731
     elif metric == "pearson":

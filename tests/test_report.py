@@ -13,6 +13,7 @@ from urllib.parse import unquote
 import pytest
 from fake_run import EVIL, STEPS, finished_run, make_run
 
+from loraloom import cli
 from loraloom.curves import smooth
 from loraloom.errors import UserError
 from loraloom.figures import POINTS, thin
@@ -21,6 +22,7 @@ from loraloom.report import build_report, compare
 from loraloom.results import result, runs_table
 from loraloom.rundir import Run
 from loraloom.sections import shortest
+from loraloom.verdict import verdict
 from loraloom.wording import amount, duration, number, percent, size
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -187,6 +189,40 @@ def test_odd_records_do_not_break_it(tmp_path: Path) -> None:
     run.sample({"step": 2, "prompt": "p", "answer": None})
     _, page = read(build_report(run))
     assert "the base was not measured" in page.text
+
+
+def test_a_method_without_ranks_names_none_and_full_is_no_adapter(tmp_path: Path) -> None:
+    for name, said in (
+        ("full", "org/small-model (full; 10.1 M of 606 M weights, 1.67 %) was fine-tuned on"),
+        ("bitfit", "An adapter for org/small-model (bitfit; 10.1 M of 606 M weights, 1.67 %) was trained on"),
+        ("lora", "An adapter for org/small-model (lora; "),
+    ):
+        run = finished_run(tmp_path / name, {"method": name})
+        assert said in verdict(run, result(run))[0].replace("\u202f", " ")
+    run = finished_run(tmp_path / "r", {"r": 8, "alpha": 16})
+    assert "(lora, r 8, alpha 16; " in verdict(run, result(run))[0]
+
+
+def test_a_page_is_a_file_where_it_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [str(finished_run(tmp_path / name).path) for name in "ab"]
+    (tmp_path / "pages").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for given in (runs, runs[:1]):
+        assert cli.run(["report", *given, "-o", "pages"]) == 2
+        error = capsys.readouterr().err
+        assert "pages is a folder" in error
+        assert "-o pages/page.html" in error
+    assert not [*tmp_path.glob(".partial*")]
+    assert cli.run(["report", runs[0], "-o", "pages/one.html"]) == 0
+    assert capsys.readouterr().out == "pages/one.html\n"
+    assert (tmp_path / "pages" / "one.html").is_file()
+    assert not (tmp_path / "a" / "report.html").exists()
+    assert cli.run(["report", runs[0]]) == 0
+    assert (tmp_path / "a" / "report.html").is_file()
+    assert cli.run(["report", *runs]) == 0
+    assert (tmp_path / "comparison.html").is_file()
 
 
 def test_the_light_is_red_without_a_gain(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from loraloom import api, cli, study, study_run
 from loraloom.config import DataConfig, ModelConfig, RunConfig, Source, resolve
 from loraloom.data.read import Row, Table
 from loraloom.errors import DataError, UserError
+from loraloom.noise import student
 from loraloom.rundir import Run
 from loraloom.shapes import published
 from loraloom.skeleton import make_shape
@@ -34,13 +35,14 @@ from loraloom.study_plan import plan_study
 from loraloom.study_table import (
     BETTER,
     CHOSEN,
+    NO_SPREAD,
     ONE_RUN,
     WITHIN,
     WORSE,
     cells,
     choose,
     columns,
-    student,
+    sentences,
     table,
     welch,
 )
@@ -733,6 +735,15 @@ def test_a_setting_with_a_failed_run_is_not_chosen(four: Any) -> None:
 def test_one_run_of_each_knows_no_spread(four: Any) -> None:
     rows = table(four, [made("a", 0, 1.0, 1.0), made("b", 0, 2.0, 2.0)])
     assert [row["verdict"] for row in rows[:2]] == [CHOSEN, ONE_RUN]
+
+
+def test_what_no_seed_moves_is_not_called_worse(four: Any) -> None:
+    runs = [made("a", s, 1.0, 1.5) for s in range(3)] + [made("b", s, 1.2, 1.51) for s in range(3)]
+    runs += [made("c", s, 1.3, 1.5) for s in range(3)] + [made("<b>d", s, 1.4, 9 + s) for s in range(3)]
+    rows = table(four, runs)
+    assert [row["verdict"] for row in rows] == [CHOSEN, NO_SPREAD, WITHIN, WORSE]
+    said = " ".join(sentences(rows, {"selection": 50, "final": 60}))
+    assert "Not told from it, for the seeds of neither moved the score: b (+0.010)." in said
 
 
 def test_the_page_escapes_names_and_shows_what_was_published(four: Any, tmp_path: Path) -> None:

@@ -406,10 +406,10 @@ def chat(
 @cli.command()
 @click.argument("runs", nargs=-1, required=True)
 @click.option(
-    "-o", "--output", default="comparison.html", show_default=True, help="The page that compares runs."
+    "-o", "--output", help="The page: report.html in the run, or comparison.html here, unless named."
 )
 @with_json
-def report(runs: tuple[str, ...], output: str, as_json: bool) -> Any:
+def report(runs: tuple[str, ...], output: str | None, as_json: bool) -> Any:
     """Write a run's page again, or one page that compares several runs.
 
     Compared are all that the runs were measured at (`loraloom eval`, with --tasks and --metrics too), what they cost,
@@ -420,9 +420,11 @@ def report(runs: tuple[str, ...], output: str, as_json: bool) -> Any:
 
     opened = [Run.open(path) for path in runs]
     if len(opened) == 1:
-        found: dict[str, Any] = {"report": str(page.build_report(opened[0]))}
+        found: dict[str, Any] = {
+            "report": str(page.build_report(opened[0], Path(output) if output else None))
+        }
     else:
-        found = page.compare(opened, Path(output))
+        found = page.compare(opened, Path(output or "comparison.html"))
     return found if as_json else click.echo(found["report"])
 
 

@@ -1,9 +1,10 @@
 """Several runs side by side: what each was measured at, what it cost, and the settings that differ.
 
 A measurement is a row of the runs' eval/*.json, or of training's own evaluation at the best step, which has no standard
-errors. Runs stand in one row only as far as they were asked the same; where they were not, the row says so and nothing
-in it is judged. Of the others the best is marked if every other run is further off than noise, with the two standard
-errors added up as if the runs had seen different examples: on the same ones that overstates the noise.
+errors. Runs are judged only where they were asked the same; where they were not, or it is not known, the row says so.
+Of the others the best is marked if every other run is further off than noise: shares by Fisher's exact test, the rest
+by Student's t with the two standard errors. Both take the runs for ones that saw different examples: on the same ones
+that overstates the noise.
 
 source  noise.py
 """
@@ -21,7 +22,7 @@ from . import sections
 from .config import flatten
 from .curves import is_number
 from .files import file_digest
-from .noise import WITHIN, verdict
+from .noise import RARE, WITHIN, beyond, fisher, satterthwaite
 from .results import Result, evaluations, result, value_of
 from .rundir import Run
 from .wording import MISSING, amount, duration, number, size
@@ -30,8 +31,9 @@ TRAINING = "best step of training"
 HELD_OUT = "held-out"
 BEST, BEHIND = "best", "behind"
 SAME_WHATEVER = ("output",)  # settings that differ between any two runs and say nothing
-ASKED = ("examples", "targets", "answers", "max_new_tokens", "left out, too long or empty", "rows")
-OF_A_TASK = ("version", "shots", "items")
+ASKED = ("examples", "targets", "answers", "max_new_tokens", "left out, too long or empty")
+OF_A_TASK = ("version", "shots", "items", "sha256")
+ROWS = "rows or their tokens"
 CONSTANT = "constant answer"
 
 
@@ -63,7 +65,7 @@ def measurements(runs: Sequence[Run]) -> list[dict[str, Any]]:
         for key in dict.fromkeys(key for own in rows_of for key in own):
             found = [own.get(key) for own in rows_of]
             how = [asked(run, table, row) for run, table, row in zip(runs, held, found)]
-            rows.append(measurement(name, key, found, how))
+            rows.append(measurement(name, key[0], found, how))
     return rows
 
 
@@ -93,8 +95,9 @@ def table_rows(table: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     return [row for row in rows if isinstance(row, dict) and is_number(value_of(row.get("tuned")))]
 
 
-def row_key(row: Mapping[str, Any]) -> str:
-    return str(row["metric"]) if "metric" in row else MISSING
+def row_key(row: Mapping[str, Any]) -> tuple[str, str]:
+    """A metric in another unit is another measurement."""
+    return str(row.get("metric", MISSING)), str(row.get("unit") or "")
 
 
 def asked(run: Run, table: Mapping[str, Any] | None, row: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -103,14 +106,17 @@ def asked(run: Run, table: Mapping[str, Any] | None, row: Mapping[str, Any] | No
         return None
     given = table.get("settings") or {}
     found: dict[str, Any] = {key: given[key] for key in ASKED if given.get(key) is not None}
-    about = (given.get("tasks") or {}).get(row.get("task")) or {}
-    found |= {key: about[key] for key in OF_A_TASK if key in about}
     if "tasks" in given:
-        found |= {"chat template": given.get("chat_template"), "items": row.get("items")}
+        tasks = given["tasks"]
+        about = (
+            {row.get("task"): tasks[row["task"]]} if row.get("task") in tasks else tasks
+        )  # a group's are all
+        found |= {key: {name: one.get(key) for name, one in about.items()} for key in OF_A_TASK}
+        return found | {"chat template": given.get("chat_template"), "items": row.get("items")}
     tokens = run.path / "data" / "held-out" / "tokens.safetensors"
-    if table["name"] in (TRAINING, HELD_OUT) and tokens.is_file():
-        found["held-out rows or their tokens"] = file_digest(tokens)
-    return found
+    if table["name"] == TRAINING:
+        return found | {ROWS: file_digest(tokens) if tokens.is_file() else None}
+    return found | {ROWS: given.get("rows")}
 
 
 def measurement(
@@ -120,17 +126,21 @@ def measurement(
     first = next(row for row in rows if row is not None)
     side = "constant" if "constant" in first else "base"
     lower = first.get("lower_is_better")
-    cells = [cell(row["tuned"]) | {"base": cell(row.get(side))} if row else None for row in rows]
+    cells = [
+        cell(row["tuned"]) | {"items": row.get("items"), "base": cell(row.get(side))} if row else None
+        for row in rows
+    ]
     bases = [one["base"] for one in cells if one and one["base"]["value"] is not None]
+    held = [one for one in cells if one]
     note = unlike([one for one in how if one is not None])
     if not note and lower is not None:
-        judge([one for one in cells if one], lower=lower)
+        judge(held, lower=lower, share=first.get("unit") == "share")
     return {
         "table": table,
         "metric": f"{first['task']}, {first['score']}" if "task" in first else metric.replace("_", " "),
         "unit": str(first.get("unit") or ""),
         "lower_is_better": lower,
-        "base": bases[0] if bases and all(alike(bases[0], one) for one in bases) else None,
+        "base": bases[0] if len(bases) == len(held) and all(alike(bases[0], one) for one in bases) else None,
         "base_is": CONSTANT if side == "constant" else "base",
         "runs": cells,
         "note": note,
@@ -149,49 +159,70 @@ def alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def unlike(how: Sequence[Mapping[str, Any]]) -> str:
-    """What the runs were asked differently; empty where it was the same."""
+    """Why several runs are not judged beside each other; empty where all were asked the same."""
+    if len(how) < 2:
+        return ""
     names = dict.fromkeys(name for one in how for name in one)
-    return ", ".join(name for name in names if len({str(one.get(name)) for one in how}) > 1)
+    differ = [name for name in names if len({str(one.get(name)) for one in how}) > 1]
+    if differ:
+        return f"not the same: {', '.join(differ)}"
+    return f"not known to be the same: {ROWS}" if ROWS in names and how[0][ROWS] is None else ""
 
 
-def judge(cells: Sequence[dict[str, Any]], *, lower: bool) -> None:
-    """Give each cell its verdict beside the best of its row; none where an error is not known.
-
-    Two errors of 0 are those of shares of all or none, whose error says nothing.
-    """
-    if len(cells) < 2 or any(one["stderr"] is None for one in cells):
+def judge(cells: Sequence[dict[str, Any]], *, lower: bool, share: bool) -> None:
+    """Give each cell its verdict beside the best of its row; none to any where one cannot be told."""
+    if len(cells) < 2:
         return
     top = (min if lower else max)(cells, key=lambda one: one["value"])
-    for one in cells:
-        if one is not top:
-            error = hypot(one["stderr"], top["stderr"]) or None
-            close = verdict(one["value"] - top["value"], error, lower_is_better=lower) == WITHIN
-            one["verdict"] = WITHIN if close else BEHIND
-    top["verdict"] = WITHIN if any(one.get("verdict") == WITHIN for one in cells) else BEST
+    told = [further_off(one, top, share=share) for one in cells if one is not top]
+    if None in told:
+        return
+    for one, further in zip([one for one in cells if one is not top], told):
+        one["verdict"] = BEHIND if further else WITHIN
+    top["verdict"] = BEST if all(told) else WITHIN
+
+
+def further_off(one: Mapping[str, Any], top: Mapping[str, Any], *, share: bool) -> bool | None:
+    """Whether a run is off the best by more than noise; None where that cannot be told.
+
+    Two errors of 0 say nothing: they are those of scores that leave the examples no room to differ.
+    """
+    pair = (one, top)
+    counts = [side["items"] or 0 for side in pair]
+    yes = [side["value"] * count for side, count in zip(pair, counts)]
+    if share and all(counts) and all(isclose(count, round(count), abs_tol=1e-6) for count in yes):
+        return fisher((round(yes[0]), round(yes[1])), (counts[0], counts[1])) < RARE
+    errors = [side["stderr"] for side in pair]
+    if None in errors or min(counts) < 2 or (not any(errors) and one["value"] != top["value"]):
+        return None
+    return beyond(one["value"] - top["value"], hypot(*errors), satterthwaite(errors, counts))
 
 
 def summary(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
-    """What the first measurement with an error says; without one, who has the better number in training."""
+    """What the first row with a verdict says; without one, who has the better number in the first row."""
     many = [row for row in rows if sum(one is not None for one in row["runs"]) > 1 and not row["note"]]
     judged = [row for row in many if any(one and one.get("verdict") for one in row["runs"])]
     if judged:
         return judged_words(names, judged[0])
+    many = [row for row in many if row["lower_is_better"] is not None]
     if not many:
-        return "No measurement is of the same examples in two of these runs, so none is called the best."
+        return (
+            "No score is known to be of the same examples in two of these runs, so none is called the best."
+        )
     row = many[0]
-    order = sorted(
-        ((one["value"], name) for one, name in zip(row["runs"], names) if one),
-        reverse=not row["lower_is_better"],
-    )
-    (best, other), words = order[:2], partial(sections.with_error, is_share=is_share(row))
+    held = [(one["value"], name) for one, name in zip(row["runs"], names) if one]
+    held.sort(key=lambda one: one[0], reverse=not row["lower_is_better"])
+    (best, other), words = held[:2], partial(sections.with_error, is_share=is_share(row))
+    training = row["table"] == TRAINING
+    what = f"held-out {row['metric']}" if training else f"{row['metric']} ({row['table']})"
     if best[0] == other[0]:
-        return f"{best[1]} and {other[1]} have the same {row['metric']}, {words(best[0])}."
+        return f"{best[1]} and {other[1]} have the same {what}, {words(best[0])}."
     most = "lowest" if row["lower_is_better"] else "highest"
-    return (
-        f"In training {best[1]} had the {most} held-out {row['metric']}, {words(best[0])}; {other[1]} had "
-        f"{words(other[0])}. Whether that is more than noise is not known: loraloom eval RUN measures each with "
-        "standard errors."
-    )
+    had = f"{best[1]} had the {most} {what}, {words(best[0])}; {other[1]} had {words(other[0])}."
+    unknown = "Whether that is more than noise is not known"
+    if training:
+        return f"In training {had} {unknown}: loraloom eval RUN measures each with standard errors."
+    return f"{had} {unknown}."
 
 
 def judged_words(names: Sequence[str], row: Mapping[str, Any]) -> str:
@@ -200,7 +231,8 @@ def judged_words(names: Sequence[str], row: Mapping[str, Any]) -> str:
     what = f"{row['metric']} ({row['table']})"
     best = [texts[name] for name, one in held if one["verdict"] == BEST]
     if best:
-        return f"{best[0]} has the best {what}: every other run is further off than noise."
+        of = f" of the {len(held)} runs measured at it" if len(held) < len(names) else ""
+        return f"{best[0]} has the best {what}{of}: every other is further off than noise."
     tied = [texts[name] for name, one in held if one["verdict"] == WITHIN]
     behind = ", and the others are behind" if len(tied) < len(held) else ""
     return (
@@ -268,11 +300,10 @@ def groups(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         found.setdefault(row["table"], []).append(row_view(row))
-    constant = {row["table"] for row in rows if row["base_is"] == CONSTANT}
-    return [
-        {"name": name, "rows": own, "about": f"base: the {CONSTANT}" if name in constant else ""}
-        for name, own in found.items()
-    ]
+    sides = {name: {row["base_is"] for row in rows if row["table"] == name} for name in found}
+    about = {name: f"base: the {CONSTANT}" if CONSTANT in kinds else "" for name, kinds in sides.items()}
+    about |= {name: f"{about[name]}, of a classifier" for name, kinds in sides.items() if len(kinds) > 1}
+    return [{"name": name, "rows": own, "about": about[name]} for name, own in found.items()]
 
 
 def row_view(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -293,5 +324,5 @@ def row_view(row: Mapping[str, Any]) -> dict[str, Any]:
         "unit": "" if share else row["unit"],
         "base": sections.with_error(row["base"], share) if row["base"] else "",
         "cells": cells,
-        "note": f"not the same: {row['note']}" if row["note"] else "",
+        "note": row["note"],
     }

@@ -25,9 +25,10 @@ from rich.table import Table
 from . import evaluate_labels
 from .data.examples import Example
 from .errors import DataError
+from .files import rows_digest
 from .generate import Answer, context_length, generate
 from .heldout import Loss, held_out
-from .noise import BETTER, WORSE, influences, share_stderr, share_verdict, spread, verdict
+from .noise import BETTER, WORDS, WORSE, influences, share_stderr, share_verdict, spread, verdict
 from .text_metrics import check_metrics, check_references, metric_rows
 from .wording import number, percent, plural, signed
 
@@ -109,6 +110,7 @@ def evaluate_run(
     parameter = next(model.parameters())
     settings = {
         "examples": len(examples),
+        "rows": rows_digest([one.ids, one.labels, one.answer_span] for one in examples),
         "targets": base.loss.targets,
         "answers": len(tasks),
         "max_new_tokens": new_tokens if tasks else None,
@@ -226,12 +228,13 @@ def loss_row(
     return {
         "metric": metric,
         "unit": unit,
+        "items": len(moved[0]),
         "lower_is_better": True,
         "base": {"value": values[0], "stderr": spread(moved[0])},
         "tuned": {"value": values[1], "stderr": spread(moved[1])},
         "change": change,
         "change_stderr": change_stderr,
-        "verdict": verdict(change, change_stderr, lower_is_better=True),
+        "verdict": verdict(change, change_stderr, len(moved[0]) - 1, lower_is_better=True),
     }
 
 
@@ -243,6 +246,7 @@ def share_row(metric: str, base: Sequence[bool], tuned: Sequence[bool]) -> dict[
     return {
         "metric": metric,
         "unit": "share",
+        "items": count,
         "lower_is_better": False,
         "base": {"value": before, "stderr": share_stderr(before, count)},
         "tuned": {"value": after, "stderr": share_stderr(after, count)},
@@ -313,7 +317,7 @@ def render(result: dict[str, Any], console: Console) -> None:
         facts.append("no example has a prompt to answer, so exact match was not measured")
     console.print(" \N{MIDDLE DOT} ".join(fact for fact in facts if fact), style="dim", highlight=False)
     console.print(
-        "\N{PLUS-MINUS SIGN} one standard error over examples; noise: less than 1.96 of them",
+        f"\N{PLUS-MINUS SIGN} one standard error over examples; {WORDS}",
         style="dim",
         highlight=False,
     )

@@ -27,8 +27,9 @@ from torch import Tensor
 from .adapt import Adapters
 from .classifier import predict, row_losses
 from .data import Labels
+from .files import rows_digest
 from .metrics import CLASS_METRICS, NUMBER_METRICS, confusion, of_classes, of_numbers
-from .noise import BETTER, WORSE, share_verdict, spread, verdict
+from .noise import BETTER, WORDS, WORSE, share_verdict, spread, verdict
 from .wording import number, plural, signed
 
 SHOWN = 20  # examples kept with their answers
@@ -101,6 +102,7 @@ def evaluate_labels(
         "task": "classification",
         "settings": {
             "examples": len(examples),
+            "rows": rows_digest([labels.names, *([one.ids, one.types, one.label] for one in examples)]),
             "left out, too long or empty": left_out,
             "constant answer": answer,
             "dtype": str(parameter.dtype).removeprefix("torch."),
@@ -135,13 +137,14 @@ def rows(
         fixed, before, after = (measure(name, labels, told, side) for side in (always, untrained, tuned))
         change = after.value - fixed.value
         change_stderr = spread([b - a for a, b in zip(fixed.influence, after.influence)])
-        said = verdict(change, change_stderr, lower_is_better=name == "loss")
+        said = verdict(change, change_stderr, len(told) - 1, lower_is_better=name == "loss")
         if name == "accuracy":
             said = share_verdict(right(told, always), right(told, tuned))
         table.append(
             {
                 "metric": name,
                 "unit": {"accuracy": "share", "loss": "squared" if labels.numbers else NATS}.get(name, ""),
+                "items": len(told),
                 "lower_is_better": name == "loss",
                 "constant": fixed.to_dict(),
                 "base": before.to_dict(),
@@ -215,8 +218,8 @@ def render(result: dict[str, Any], console: Console) -> None:
         " \N{MIDDLE DOT} ".join([*facts, settings["dtype"]]), style="dim", highlight=False, markup=False
     )
     console.print(
-        "\N{PLUS-MINUS SIGN} one standard error over examples; the change is against the constant answer, noise: less "
-        "than 1.96 standard errors of it",
+        "\N{PLUS-MINUS SIGN} one standard error over examples; the change is against the constant answer; "
+        f"{WORDS}",
         style="dim",
         highlight=False,
     )

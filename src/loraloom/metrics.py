@@ -21,8 +21,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .noise import spread
-
 CHUNK = 1 << 22  # numbers of the ranks that are taken again at once
 CLASS_METRICS = ("accuracy", "f1", "matthews")
 NUMBER_METRICS = ("pearson", "spearman")
@@ -94,12 +92,12 @@ def of_classes(
 
 
 def of_numbers(metric: str, labels: Sequence[float], answers: Sequence[float]) -> tuple[float, list[float]]:
-    """(value, influence of each example) of pearson or spearman."""
+    """(value, influence of each example) of pearson or spearman; no influences of fewer than three examples."""
     x_n, y_n = (torch.tensor(side, dtype=torch.float64) for side in (labels, answers))
     value = float(pearson(x_n, y_n) if metric == "pearson" else spearman(x_n, y_n))
     n = len(x_n)
     if n < 3:
-        return value, [0.0] * n
+        return value, []  # of two, none can be left out
     left: list[float] = []
     step = max(1, CHUNK // n)
     for start in range(0, n, step):
@@ -134,8 +132,3 @@ def shares(without: Sequence[float]) -> list[float]:
 def majority(train_n: Tensor, held_n: Tensor) -> float:
     """The accuracy of always answering the class that training has most often."""
     return float((held_n == train_n.long().bincount().argmax()).double().mean())
-
-
-def stderr(influence: Sequence[float]) -> float | None:
-    """The standard error of a metric; None for fewer than two examples."""
-    return spread(influence)

@@ -23,15 +23,21 @@ from .wording import day, number
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def build_report(run: Run) -> Path:
-    """Write report.html into the run folder, whatever the run's state.
+def build_report(run: Run, out: Path | None = None) -> Path:
+    """Write a run's page, whatever its state: report.html in its folder, or `out`.
 
     returns  its path
-    raises  UserError if matplotlib or jinja2 is missing, or a file of the run is damaged
+    raises  UserError if matplotlib or jinja2 is missing, `out` is a folder, or a file of the run is damaged
     """
-    path = run.path / "report.html"
+    path = out or run.path / "report.html"
+    refuse_folder(path)
     write_text(path, render("report.html.j2", report_content(run)))
     return path
+
+
+def refuse_folder(path: Path) -> None:
+    if path.is_dir():
+        raise UserError(f"{path} is a folder", hint=f"name the page's file: -o {path / 'page.html'}")
 
 
 def report_content(run: Run) -> dict[str, Any]:
@@ -87,12 +93,13 @@ def compare(runs: list[Run], out: Path) -> dict[str, Any]:
 
     returns  the same as plain values, and the page's path as "report"
 
-    raises  UserError for fewer than two runs, or if matplotlib or jinja2 is missing
+    raises  UserError for fewer than two runs, if `out` is a folder, or if matplotlib or jinja2 is missing
     """
     if len(runs) < 2:
         raise UserError("a comparison needs at least two runs", hint="loraloom report RUN RUN [RUN ...]")
+    refuse_folder(out)
     found = comparison(runs)
-    write_text(Path(out), render("compare.html.j2", compare_content(runs, found)))
+    write_text(out, render("compare.html.j2", compare_content(runs, found)))
     return {"report": str(out)} | found
 
 
@@ -108,20 +115,29 @@ def compare_content(runs: Sequence[Run], found: dict[str, Any]) -> dict[str, Any
 
 
 def curves_of(runs: Sequence[Run], names: Sequence[str]) -> list[Chart]:
-    """The losses of all runs over their steps, and what classifiers were measured by."""
-    units = ", or ".join(dict.fromkeys(unit(run) for run in runs))
+    """The losses of all runs over their steps, a chart for each unit, and what classifiers were measured by."""
+    units = [unit(run) for run in runs]
     metrics = dict.fromkeys(run.config.eval.best for run in runs if run.config.task == "classification")
-    held = [(name, run.metrics("eval")) for name, run in zip(names, runs)]
-    train = [(name, *series(run.metrics("train"), "loss")) for name, run in zip(names, runs)]
-    return [
-        *(
-            overlay(metric, f"Held-out {metric}", "", [(name, *series(one, metric)) for name, one in held])
-            for metric in metrics
-            if metric not in ("auto", "loss")
-        ),
-        overlay("held-out", "Held-out loss", units, [(name, *series(one, "loss")) for name, one in held]),
-        overlay("train", "Train loss, smoothed", units, [(name, x, smooth(y)) for name, x, y in train]),
+    held = [run.metrics("eval") for run in runs]
+    train = [series(run.metrics("train"), "loss") for run in runs]
+    charts = [
+        overlay(
+            metric, f"Held-out {metric}", "", [(name, *series(one, metric)) for name, one in zip(names, held)]
+        )
+        for metric in metrics
+        if metric not in ("auto", "loss")
     ]
+    for place, own in enumerate(dict.fromkeys(units)):
+        end = f"-{place + 1}" if place else ""
+        losses = [series(one, "loss") if of == own else ([], []) for one, of in zip(held, units)]
+        smoothed = [(x, smooth(y)) if of == own else ([], []) for (x, y), of in zip(train, units)]
+        charts += [
+            overlay(f"held-out{end}", "Held-out loss", own, [(n, *one) for n, one in zip(names, losses)]),
+            overlay(
+                f"train{end}", "Train loss, smoothed", own, [(n, *one) for n, one in zip(names, smoothed)]
+            ),
+        ]
+    return charts
 
 
 def render(template: str, content: dict[str, Any]) -> str:

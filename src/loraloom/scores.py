@@ -1,8 +1,8 @@
 """Scores of benchmarks side by side: which differences are more than noise.
 
 Two models answer the same items, so a difference is taken item by item, where a score is a mean over items or a
-weighted mean of such means (a group of tasks). For right or wrong the exact sign test decides, for other values the
-standard error of the mean difference. A score of another kind (a perplexity, a corpus score) has only its own standard
+weighted mean of such means (a group of tasks). For right or wrong the exact sign test decides, for other values
+Student's t of the mean difference. A score of another kind (a perplexity, a corpus score) has only its own standard
 error; the two then add up as if the models had seen different items, which overstates the noise.
 
 source  arXiv:2411.00640, section 4 (paired differences); noise.py
@@ -11,15 +11,15 @@ source  arXiv:2411.00640, section 4 (paired differences); noise.py
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from math import hypot, isclose, isfinite, sqrt
+from dataclasses import dataclass, replace
+from math import hypot, isclose, isfinite
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from .evaluate import COLOURS
-from .noise import WITHIN, Z, influences, share_verdict, spread, verdict
+from .noise import WITHIN, WORDS, beyond, influences, satterthwaite, share_verdict, spread, verdict
 from .wording import number, plural, signed
 
 DIFFERS = "differs"  # beyond noise, in a score of which lm-eval does not say which way is better
@@ -127,30 +127,39 @@ def change_of(before: Score, after: Score) -> Change:
     """
     change = after.value - before.value
     if before.strata is None or after.strata is None:
-        known = before.stderr is not None and after.stderr is not None
-        error = hypot(before.stderr or 0.0, after.stderr or 0.0) if known else None
-        return Change(change, error, False, judged(change, error, before.higher))
-    squares: list[float] | None = []
+        return moved(change, [before.stderr, after.stderr], [before.items, after.items], before.higher)
+    errors: list[float | None] = []
     for (weight, old), (_, new) in zip(before.strata, after.strata, strict=True):
         if old.keys() != new.keys():
             raise ValueError(f"{before.task}: the two models were asked other items")
         error = spread(influences([new[item] - old[item] for item in old], [1] * len(old)))
-        squares = None if error is None or squares is None else [*squares, (weight * error) ** 2]
-    error = sqrt(sum(squares)) if squares is not None else None
+        errors.append(None if error is None else weight * error)
+    found = moved(change, errors, [len(old) for _, old in before.strata], before.higher, paired=True)
     values = [*before.strata[0][1].values(), *after.strata[0][1].values()]
     if len(before.strata) > 1 or not set(values) <= {0.0, 1.0} or before.higher is None:
-        return Change(change, error, True, judged(change, error, before.higher))
+        return found
     old, new = before.strata[0][1], after.strata[0][1]
     yes = 1.0 if before.higher else 0.0
-    return Change(
-        change, error, True, share_verdict([old[i] == yes for i in old], [new[i] == yes for i in old])
-    )
+    said = share_verdict([old[i] == yes for i in old], [new[i] == yes for i in old])
+    return replace(found, verdict=said)
 
 
-def judged(change: float, error: float | None, higher: bool | None) -> str:
+def moved(
+    change: float,
+    errors: Sequence[float | None],
+    counts: Sequence[int],
+    higher: bool | None,
+    *,
+    paired: bool = False,
+) -> Change:
+    """A change with its standard error, from those of its parts with the items of each; None if one is not known."""
+    known = [error for error in errors if error is not None]
+    if len(known) < len(errors) or min(counts) < 2:
+        return Change(change, None, paired, WITHIN)
+    error, freedom = hypot(*known), satterthwaite(known, counts)
     if higher is None:
-        return DIFFERS if error is not None and abs(change) > Z * error else WITHIN
-    return verdict(change, error, lower_is_better=not higher)
+        return Change(change, error, paired, DIFFERS if beyond(change, error, freedom) else WITHIN)
+    return Change(change, error, paired, verdict(change, error, freedom, lower_is_better=not higher))
 
 
 def paired_rows(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -230,7 +239,7 @@ def render(result: Mapping[str, Any], console: Console) -> None:
     if "models" in result:
         lines[-1] += "; \N{ALMOST EQUAL TO} within noise of the best of its row"
     else:
-        lines[-1] += "; noise: what chance alone does to such a difference in 95 of 100 cases"
+        lines[-1] += f"; {WORDS}"
     console.print(*lines, *settings["notes"], sep="\n", style="dim", highlight=False)
 
 

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
+from .noise import RARE, satterthwaite, student
 from .study_file import Setting, Study
 from .wording import duration, number, percent, plural, signed
 
@@ -32,6 +33,7 @@ UNITS = {
 }  # of a classifier's loss, as its evaluation has it
 CHOSEN, WITHIN, BETTER, WORSE = "chosen", "within the seeds' spread", "better", "worse"
 ONE_RUN = "one run: no spread"
+NO_SPREAD = "no spread over these seeds"
 GIGABYTE = 1e9
 TINY = 1e-12  # a loss of nothing has no logarithm
 
@@ -131,7 +133,9 @@ def verdict(row: Mapping[str, Any], chosen: Mapping[str, Any] | None) -> str:
     sides = [ours, theirs]
     if main == LOSS:
         sides = [[math.log(max(loss, TINY)) for loss in side] for side in sides]
-    if welch(*sides) >= 0.05:
+    if not any(map(stdev, sides)) and ours[0] != theirs[0]:
+        return NO_SPREAD
+    if welch(*sides) >= RARE:
         return WITHIN
     return BETTER if (mean(ours) < mean(theirs)) == (main == LOSS) else WORSE
 
@@ -143,22 +147,11 @@ def welch(a: Sequence[float], b: Sequence[float]) -> float:
     """
     if len(a) < 2 or len(b) < 2:
         raise ValueError("a spread needs two values")
-    shares = [stdev(side) ** 2 / len(side) for side in (a, b)]
-    apart, error = mean(a) - mean(b), sum(shares)
-    if error == 0:
+    errors = [stdev(side) / math.sqrt(len(side)) for side in (a, b)]
+    apart = mean(a) - mean(b)
+    if not any(errors):
         return 1.0 if apart == 0 else 0.0
-    freedom = error**2 / sum(share**2 / (len(side) - 1) for share, side in zip(shares, (a, b)))
-    return student(apart / math.sqrt(error), freedom)
-
-
-def student(t: float, freedom: float) -> float:
-    """P(|T| > |t|) of Student's t: with t = sqrt(n) tan(u) the density is cos(u)^(n - 1), summed by Simpson's rule."""
-    n, count = freedom - 1, 2000
-    end = math.atan2(abs(t), math.sqrt(freedom))
-    heights = [math.cos(end * i / count) ** n for i in range(count + 1)]
-    inside = end / count / 3 * (heights[0] + heights[-1] + 4 * sum(heights[1::2]) + 2 * sum(heights[2:-1:2]))
-    whole = math.sqrt(math.pi) / 2 * math.exp(math.lgamma(freedom / 2) - math.lgamma((freedom + 1) / 2))
-    return max(0.0, 1 - inside / whole)
+    return student(apart / math.hypot(*errors), satterthwaite(errors, [len(a), len(b)]))
 
 
 def sentences(rows: Sequence[dict[str, Any]], sizes: Mapping[str, int]) -> list[str]:
@@ -207,6 +200,9 @@ def beside(rows: Sequence[dict[str, Any]], chosen: Mapping[str, Any]) -> list[st
         ]
         if names:
             said.append(f"{words} {'; '.join(names)}.")
+    same = [f"{row['name']} ({apart(row, chosen)})" for row in rows if row["verdict"] == NO_SPREAD]
+    if same:
+        said.append(f"Not told from it, for the seeds of neither moved the score: {'; '.join(same)}.")
     if any(row["verdict"] == ONE_RUN for row in rows):
         said.append("With one run of each, no difference is told from the seeds' spread: raise `repeats`.")
     return said

@@ -112,12 +112,13 @@ def metric_row(name: str, base: Texts, tuned: Texts, references: References) -> 
     return {
         "metric": name,
         "unit": unit,
+        "items": len(references),
         "lower_is_better": False,
         "base": {"value": before, "stderr": errors[0]},
         "tuned": {"value": after, "stderr": errors[1]},
         "change": after - before,
         "change_stderr": change_stderr,
-        "verdict": verdict(after - before, change_stderr, lower_is_better=False),
+        "verdict": verdict(after - before, change_stderr, len(references) - 1, lower_is_better=False),
     }
 
 

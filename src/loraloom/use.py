@@ -34,6 +34,7 @@ from .rundir import STATE, Run, find_runs
 from .text_metrics import check_metrics
 from .workshop import UNLIMITED
 
+HELD_OUT = "held-out"  # the table of the run's own rows
 STORED = "stored"  # the number format that the base's weights have on the disk
 
 
@@ -232,12 +233,13 @@ def evaluate(
     """
     check_metrics(metrics)  # before a large model is loaded
     found = find_target(target, model=model)
+    name = table_name(data)
     if found.labels is not None:
         if max_new_tokens is not None:
             raise UserError(f"{target} is a classifier: --max-new-tokens is for answers in text")
         if metrics:
             raise UserError(f"{target} is a classifier: --metrics is for answers in text")
-        return measure_labels(found, data=data, dtype=dtype, offline=offline)
+        return measure_labels(found, name, data=data, dtype=dtype, offline=offline)
     opened = open_target(target, model=model, dtype=dtype, offline=offline)
     if opened.adapters is None:
         raise UserError(
@@ -255,7 +257,7 @@ def evaluate(
         num_answers=num_answers,
         max_new_tokens=max_new_tokens,
         packing=opened.run.config.data.packing if opened.run else True,
-        name=Path(data).stem if data else "held-out",
+        name=name,
         metrics=metrics,
         progress=progress,
     )
@@ -264,7 +266,24 @@ def evaluate(
     return result
 
 
-def measure_labels(found: Found, *, data: str | None, dtype: str | None, offline: bool) -> dict[str, Any]:
+def table_name(data: str | None) -> str:
+    """What the table of a file of examples is kept as.
+
+    raises  UserError for a file that would be kept as the run's own held-out rows
+    """
+    if data is None:
+        return HELD_OUT
+    if Path(data).stem == HELD_OUT:
+        raise UserError(
+            f"{data} would be kept as {HELD_OUT}, which stands for the run's own rows",
+            hint="leave --data out to measure those, or give the file another name",
+        )
+    return Path(data).stem
+
+
+def measure_labels(
+    found: Found, name: str, *, data: str | None, dtype: str | None, offline: bool
+) -> dict[str, Any]:
     """`evaluate` for a classifier: on the run's held-out rows, or those of a file.
 
     raises  DataError if there are none
@@ -293,7 +312,7 @@ def measure_labels(found: Found, *, data: str | None, dtype: str | None, offline
         about["train"],
         pad_id=loaded.pad_id,
         main=best,
-        name=Path(data).stem if data else "held-out",
+        name=name,
         left_out=left_out,
     )
     if run is not None:

@@ -60,15 +60,19 @@ def trained(run: Run, outcome: Result) -> str:
     effort += [f"on {device}"] if device else []
     effort += [f"in {env['dtype']}"] if env.get("dtype") else []
     memory = f", with at most {size(outcome.memory)} of memory" if outcome.memory else ""
-    trained = "was trained" if outcome.steps else "was to be trained"
+    whole = config.method.get("name") == "full"
+    done = "fine-tuned" if whole else "trained"
+    trained = f"was {done}" if outcome.steps else f"was to be {done}"
     took = f" It took {' '.join(effort)}{memory}." if outcome.steps else ""
     data = ", ".join(source.path for source in config.data.train)
-    return f"An adapter for {config.model.id} ({method(config)}{share}) {trained} on {data}.{took}"
+    what = config.model.id if whole else f"An adapter for {config.model.id}"
+    return f"{what} ({method(config)}{share}) {trained} on {data}.{took}"
 
 
 def method(config: RunConfig) -> str:
-    """The method with its rank and scale, such as lora, r 16, alpha 32."""
-    return f"{config.method.get('name', 'lora')}, r {config.r}, alpha {shown_alpha(config)}"
+    """The method with its rank and scale, such as lora, r 16, alpha 32; without, where it has none or none is set."""
+    ranks = "" if config.r == "auto" else f", r {config.r}, alpha {shown_alpha(config)}"
+    return f"{config.method.get('name', 'lora')}{ranks}"
 
 
 def end(run: Run, outcome: Result) -> list[str]:
