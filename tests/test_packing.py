@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraloom.packing import TOKENS, StepPlan, pack, step_plan
+from loraloom.packing import TOKENS, StepPlan, pack
 
 PAD = 0
 
@@ -176,7 +176,7 @@ sizes = st.lists(st.integers(1, 50), min_size=1, max_size=40)
 @settings(deadline=None, max_examples=60)
 @given(sizes, st.integers(1, 9), st.integers(0, 5), st.integers(1, 3))
 def test_each_epoch_visits_each_example_once(lengths, batch_size, seed, epochs):
-    plan = step_plan(lengths, epochs=epochs, batch_size=batch_size, seed=seed)
+    plan = StepPlan(lengths, epochs=epochs, batch_size=batch_size, seed=seed)
     per_epoch = -(-len(lengths) // batch_size)
     assert len(plan) == epochs * per_epoch
     for epoch in range(epochs):
@@ -188,7 +188,7 @@ def test_each_epoch_visits_each_example_once(lengths, batch_size, seed, epochs):
 @settings(deadline=None, max_examples=60)
 @given(sizes, st.integers(1, 120), st.integers(0, 5))
 def test_batch_tokens_is_a_budget(lengths, batch_tokens, seed):
-    plan = step_plan(lengths, epochs=2, batch_tokens=batch_tokens, seed=seed)
+    plan = StepPlan(lengths, epochs=2, batch_tokens=batch_tokens, seed=seed)
     steps = list(plan)
     assert sorted(index for step in steps for index in step) == sorted([*range(len(lengths))] * 2)
     for step in steps:
@@ -202,10 +202,10 @@ def test_batch_tokens_is_a_budget(lengths, batch_tokens, seed):
 @settings(deadline=None, max_examples=30)
 @given(sizes, st.integers(1, 120), st.data())
 def test_the_plan_is_a_function_of_the_step(lengths, batch_tokens, data):
-    plan = step_plan(lengths, epochs=3, batch_tokens=batch_tokens, seed=3)
+    plan = StepPlan(lengths, epochs=3, batch_tokens=batch_tokens, seed=3)
     steps = list(plan)
     at = data.draw(st.integers(0, len(plan) - 1))
-    fresh = step_plan(lengths, epochs=3, max_steps=10**9, batch_tokens=batch_tokens, seed=3)
+    fresh = StepPlan(lengths, epochs=3, max_steps=10**9, batch_tokens=batch_tokens, seed=3)
     assert fresh[at] == steps[at]
     assert fresh.start_of(fresh.epoch_of(at)) <= at < fresh.start_of(fresh.epoch_of(at) + 1)
     other = data.draw(st.integers(0, len(plan) - 1))
@@ -214,11 +214,11 @@ def test_the_plan_is_a_function_of_the_step(lengths, batch_tokens, data):
 
 def test_epochs_may_be_a_part_and_max_steps_wraps():
     lengths = [1] * 40
-    assert len(step_plan(lengths, epochs=1.5, batch_size=16)) == 5  # 3 a whole epoch, then 2 of 3
-    assert len(step_plan(lengths, epochs=0.01, batch_size=16)) == 1
-    assert len(step_plan(lengths, epochs=0.5, batch_tokens=10)) == 2
-    assert len(step_plan(lengths, epochs=1)) == 3  # 16 examples a step by default
-    plan = step_plan(lengths, epochs=1, max_steps=7, batch_size=16)
+    assert len(StepPlan(lengths, epochs=1.5, batch_size=16)) == 5  # 3 a whole epoch, then 2 of 3
+    assert len(StepPlan(lengths, epochs=0.01, batch_size=16)) == 1
+    assert len(StepPlan(lengths, epochs=0.5, batch_tokens=10)) == 2
+    assert len(StepPlan(lengths, epochs=1)) == 3  # 16 examples a step by default
+    plan = StepPlan(lengths, epochs=1, max_steps=7, batch_size=16)
     assert len(plan) == 7
     assert [plan.epoch_of(step) for step in range(7)] == [0, 0, 0, 1, 1, 1, 2]
     first, second = ([index for step in part for index in step] for part in (list(plan)[:3], list(plan)[3:6]))
@@ -229,18 +229,18 @@ def test_epochs_may_be_a_part_and_max_steps_wraps():
 
 
 def test_seeds_change_the_order_and_nothing_else():
-    one, same, other = (step_plan([1] * 50, seed=seed) for seed in (1, 1, 2))
+    one, same, other = (StepPlan([1] * 50, seed=seed) for seed in (1, 1, 2))
     assert list(one) == list(same)
     assert list(one) != list(other)
 
 
 def test_a_plan_needs_examples_and_one_size():
     with pytest.raises(ValueError, match="no examples"):
-        step_plan([])
+        StepPlan([])
     with pytest.raises(ValueError, match="two ways"):
         StepPlan([1], epochs=1, max_steps=None, batch_size=1, batch_tokens=1, seed=0)
 
 
 def test_a_large_plan_is_cheap():
-    plan = step_plan(torch.randint(1, 500, (100_000,)), epochs=2, batch_tokens=8192)
+    plan = StepPlan(torch.randint(1, 500, (100_000,)), epochs=2, batch_tokens=8192)
     assert sorted(i for step in range(plan.start_of(1)) for i in plan[step]) == list(range(100_000))

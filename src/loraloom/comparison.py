@@ -108,9 +108,8 @@ def asked(run: Run, table: Mapping[str, Any] | None, row: Mapping[str, Any] | No
     found: dict[str, Any] = {key: given[key] for key in ASKED if given.get(key) is not None}
     if "tasks" in given:
         tasks = given["tasks"]
-        about = (
-            {row.get("task"): tasks[row["task"]]} if row.get("task") in tasks else tasks
-        )  # a group's are all
+        own = row.get("task")
+        about = {own: tasks[own]} if own in tasks else tasks  # a group's are all
         found |= {key: {name: one.get(key) for name, one in about.items()} for key in OF_A_TASK}
         return found | {"chat template": given.get("chat_template"), "items": row.get("items")}
     tokens = run.path / "data" / "held-out" / "tokens.safetensors"

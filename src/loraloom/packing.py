@@ -286,17 +286,25 @@ class StepPlan:
     Every epoch is a permutation of its own, made from (seed, epoch), so that resuming needs only the step's
     number. Steps do not run across epochs: the last of an epoch may be smaller. With `batch_tokens` a step
     takes examples in order until the next would exceed it, and at least one.
+
+    lengths       tokens of each example
+    epochs        passes over the examples; 1.5 ends in the middle of the second
+    max_steps     steps, whatever `epochs` says; further epochs follow where it is more
+    batch_size    examples per step; 16 if neither size is set
+    batch_tokens  tokens per step
+
+    raises  ValueError if there are no examples, or both sizes are set
     """
 
     def __init__(
         self,
         lengths: Sequence[int] | Tensor,
         *,
-        epochs: float,
-        max_steps: int | None,
-        batch_size: int | None,
-        batch_tokens: int | None,
-        seed: int,
+        epochs: float = 1,
+        max_steps: int | None = None,
+        batch_size: int | None = None,
+        batch_tokens: int | None = None,
+        seed: int = 0,
     ) -> None:
         self.lengths = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
         if not self.lengths:
@@ -368,32 +376,3 @@ class StepPlan:
 
     def __iter__(self) -> Iterator[list[int]]:
         return (self[step] for step in range(self.steps))
-
-
-def step_plan(
-    lengths: Sequence[int] | Tensor,
-    *,
-    epochs: float = 1,
-    max_steps: int | None = None,
-    batch_size: int | None = None,
-    batch_tokens: int | None = None,
-    seed: int = 0,
-) -> StepPlan:
-    """The plan of a run: a pure function of its arguments.
-
-    lengths       tokens of each example
-    epochs        passes over the examples; 1.5 ends in the middle of the second
-    max_steps     steps, whatever `epochs` says; further epochs follow where it is more
-    batch_size    examples per step; 16 if neither size is set
-    batch_tokens  tokens per step
-
-    raises  ValueError if there are no examples, or both sizes are set
-    """
-    return StepPlan(
-        lengths,
-        epochs=epochs,
-        max_steps=max_steps,
-        batch_size=batch_size,
-        batch_tokens=batch_tokens,
-        seed=seed,
-    )

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import planning
+from .attention import HALF, planning
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,6 @@ CUDNN = Kernel("cudnn", query=1.0, row=2.0)
 FLASH = Kernel("flash", query=1.0, row=1.0, shared=1.0)  # dk_expanded, dv_expanded in flash_api.cpp
 EFFICIENT = Kernel("efficient", query=1.0, row=1.0, rows_first=True)
 CPU = Kernel("cpu")
-HALF = (torch.bfloat16, torch.float16)
 
 
 def choose(q: Tensor, mask: Tensor | None, *, cudnn: bool) -> Kernel:

@@ -25,13 +25,14 @@ from .data import Labels
 from .errors import UserError
 from .memory import Predictor, dtype_of
 from .optim8 import state_bytes
+from .packing import DEFAULT_BATCH
 from .plan import NO_DATA, folder_of, open_choice
 from .skeleton import make_shape, meta_model, read_shape, text_config
 from .study_data import split_data
 from .study_file import Setting, Study
 from .trace import Shapes
 from .workload import assumed
-from .workshop import DEFAULT_BATCH, UNLIMITED, any_ids, method_defaults, spec_of
+from .workshop import UNLIMITED, any_ids, method_defaults, spec_of
 
 
 @dataclass(frozen=True)

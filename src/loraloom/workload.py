@@ -11,8 +11,7 @@ from typing import Protocol
 
 from .config import RunConfig
 from .data import Examples
-from .packing import IGNORED, Batch, Example, StepPlan, batch, pack, row_length_for
-from .workshop import DEFAULT_BATCH
+from .packing import DEFAULT_BATCH, IGNORED, Batch, Example, StepPlan, batch, pack, row_length_for
 
 LOOKED_AT = 40  # steps whose batches are packed to find the heaviest, beside the one with the longest example
 

@@ -35,14 +35,13 @@ from .nll import honours_boundaries, why_whole_logits
 from .opening import Tell, tell_data, tell_method, tell_model, unheard
 from .optim import make_optimizer
 from .originals import read_originals
-from .packing import StepPlan, pack
+from .packing import DEFAULT_BATCH, StepPlan, pack
 from .prepare import prepare as prepare_method
 from .products8 import plain_products
 from .progress import doing
 from .recompute import Choice, apply, fuse
 from .skeleton import decoder_layers, read_shape
 
-DEFAULT_BATCH = 16  # examples a step, if neither batch_size nor batch_tokens is set
 UNLIMITED = 1 << 20  # tokens, for a model that names no limit
 GPU_TOKENS, CPU_TOKENS = 8192, 2048  # of a pass, if the settings leave it open
 
@@ -252,7 +251,7 @@ def plan_of(config: RunConfig, lengths: torch.Tensor) -> StepPlan:
         lengths,
         epochs=train.epochs,
         max_steps=train.max_steps,
-        batch_size=train.batch_size or (None if train.batch_tokens else DEFAULT_BATCH),
+        batch_size=train.batch_size,
         batch_tokens=train.batch_tokens,
         seed=train.seed,
     )

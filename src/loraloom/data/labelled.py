@@ -18,16 +18,15 @@ from typing import Any
 from torch import Tensor
 
 from ..config import DataConfig, Source
-from ..errors import DataError
 from .examples import Draft
 from .glue import on_hub, task_named
 from .label_examples import LabelledExamples
 from .label_report import LabelReport
 from .labels import Columns, Labels, find_columns, is_missing, labels_of
 from .pipeline import chunks, empty
-from .problems import Problems, first, rows
+from .problems import Problems
 from .report import Issue, SourceReport, gather, statistics
-from .select import check_lost, choose_max_length, longer, set_aside, without_leaks
+from .select import check_lost, choose_max_length, set_aside, too_long, without_leaks
 from .sources import Place, is_hub, sources_of, tables_of
 
 
@@ -347,13 +346,8 @@ def limit(
     """
     long = [draft for draft in drafts if len(draft.ids) > max_length]
     if long and config.too_long in ("error", "split"):
-        most = max(len(draft.ids) for draft in long)
         why = "" if config.too_long == "error" else "; a text with a label cannot be split"
-        raise DataError(
-            f"{rows(len(long))} over max_length {max_length:,}{why}",
-            details=first([f"{draft.row}: {len(draft.ids):,} tokens" for draft in long]),
-            hint=f"{longer(most, model_max_length)}; or --set data.too_long=drop or truncate",
-        )
+        raise too_long(long, max_length, model_max_length, why)
     cut = config.too_long == "truncate"
     short = (
         dict(zip(map(id, long), encode(tokenizer, [draft.texts for draft in long], max_length)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 from ..config import DataConfig
 from ..errors import DataError
@@ -72,13 +73,8 @@ def limit_length(
     long = [draft for draft in drafts if len(draft.ids) > max_length]
     refused = long if config.too_long == "error" else [draft for draft in long if not draft.document]
     if refused and config.too_long in ("error", "split"):
-        most = max(len(draft.ids) for draft in refused)
         why = "" if config.too_long == "error" else "; only plain text can be split"
-        raise DataError(
-            f"{rows(len(refused))} over max_length {max_length:,}{why}",
-            details=first([f"{draft.row}: {len(draft.ids):,} tokens" for draft in refused]),
-            hint=f"{longer(most, model_max_length)}; or --set data.too_long=drop or truncate",
-        )
+        raise too_long(refused, max_length, model_max_length, why)
     kept = []
     for draft in drafts:
         size = len(draft.ids)
@@ -125,6 +121,23 @@ def split(draft: Draft, max_length: int, prefix: int) -> list[Draft]:
         parts.append(part)
         start = stop
     return parts
+
+
+class Long(Protocol):
+    @property
+    def ids(self) -> Sequence[int]: ...
+    @property
+    def row(self) -> str: ...
+
+
+def too_long(refused: Sequence[Long], max_length: int, model_max_length: int, why: str) -> DataError:
+    """The error that names the rows over `max_length`."""
+    most = max(len(draft.ids) for draft in refused)
+    return DataError(
+        f"{rows(len(refused))} over max_length {max_length:,}{why}",
+        details=first([f"{draft.row}: {len(draft.ids):,} tokens" for draft in refused]),
+        hint=f"{longer(most, model_max_length)}; or --set data.too_long=drop or truncate",
+    )
 
 
 def longer(longest: int, model_max_length: int) -> str:

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .attention import HALF
 from .twin import has_triton, path_of, twin
 
 WIDEST = 128  # features of a head, for which tiles fit the registers
-HALF = (torch.bfloat16, torch.float16)
 
 
 def takes_short(q: Tensor) -> bool:
