@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loraloom.kernels import block
-from loraloom.kernels.block import add_norm, norm_grad, rope, rope_grad, swiglu, swiglu_grad
+from loraloom.kernels.block import add_low, add_norm, norm_grad, rope, rope_grad, swiglu, swiglu_grad
 from loraloom.kernels.dropout import keyed_dropout, token_key
 from loraloom.kernels.twin import forced
 
@@ -35,7 +35,8 @@ def angles(tokens: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]
 
 # ---- kernels against their definitions ------------------------------------------------------------------------
 
-SIZES = [(5, 32, 16), (33, 144, 32), (48, 272, 64)]  # tokens, width and rank: ragged rows, ragged columns
+# Tokens, width and rank: ragged rows, ragged columns, several spans of tokens.
+SIZES = [(5, 32, 16), (33, 144, 32), (48, 272, 64), (150, 48, 16)]
 DTYPES = [
     torch.float32,
     *([torch.bfloat16] if DEVICE.type == "cuda" else []),
@@ -139,14 +140,29 @@ def test_swiglu_grad(
 
     def run() -> Any:
         gu, dh = draw(tokens, 2 * width, dtype=dtype), draw(tokens, width, seed=3, dtype=dtype)
-        swiglu_grad(gu, act, dh, **(rest if whole else {}))
-        return gu, dh
+        sums = swiglu_grad(gu, act, dh, **(rest if whole else {}))
+        return gu, dh if whole else None, sums
 
     both(run, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("heads", "groups", "dim", "part"), [(4, 4, 16, 16), (4, 2, 32, 32), (2, 1, 48, 24)])
+@pytest.mark.parametrize(("tokens", "width", "rank"), SIZES)
+@pytest.mark.parametrize("turned", [False, True])
+def test_add_low(tokens: int, width: int, rank: int, dtype: torch.dtype, turned: bool) -> None:
+    y, (z, b) = draw(tokens, width, seed=1, dtype=dtype), pair(tokens, width, rank, dtype)
+    m = b.T.contiguous() if turned else b
+    x = draw(tokens, width, dtype=dtype)
+    both(lambda: add_low(x, (z, m), turned=turned), dtype)
+    both(lambda: add_low(x.clone(), (z, m), y=y, turned=turned, over=True), dtype)
+    with forced("torch"):
+        wanted = torch.addmm(x.double() + y.double(), z.double(), b.double().T)
+        torch.testing.assert_close(add_low(x, (z, m), y=y, turned=turned), wanted.to(dtype))
+        assert add_low(x, (z, m), turned=turned, over=True) is x
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "groups", "dim", "part"), [(4, 4, 16, 16), (8, 2, 32, 32), (2, 1, 48, 24)])
 def test_rope(heads: int, groups: int, dim: int, part: int, dtype: torch.dtype) -> None:
     tokens, width = 21, (heads + 2 * groups) * dim
     cos, sin = angles(tokens, part, dtype)
@@ -196,11 +212,13 @@ def test_swiglu_grad_is_autograds(act: block.Act) -> None:
     h = (F.silu(g) if act == "silu" else F.gelu(g, approximate="tanh")) * u
     low = z.detach(), b.detach()
     torch.testing.assert_close(swiglu(gu.detach(), act, low=low), h.detach())
-    (wanted,) = torch.autograd.grad([h, h @ a.T], [whole], [dh, dz])
+    wanted, db, da = torch.autograd.grad([h, h @ a.T], [whole, b, a], [dh, dz])
     memory, out = dh.detach().clone(), gu.detach().clone()
-    swiglu_grad(out, act, memory, low=low, dlow=(dz.detach(), a.detach()), keep_h=True)
+    sums = swiglu_grad(out, act, memory, low=low, dlow=(dz.detach(), a.detach()), keep_h=True)
     torch.testing.assert_close(out, wanted)
     torch.testing.assert_close(memory, h.detach())
+    torch.testing.assert_close([sums.db, sums.da], [db, da])
+    assert swiglu_grad(gu.detach().clone(), act, dh.detach().clone()) == block.Sums(None, None)
 
 
 @pytest.mark.parametrize("part", [16, 8])
@@ -230,6 +248,20 @@ def test_shapes_alone_ask_for_the_same_room() -> None:
     assert made.n.codes is not None
     assert made.n.codes.codes.shape == (6, 32)
     assert swiglu(x, "silu").shape == (6, 16)
+    thin, b, a = (torch.empty(*shape, device="meta") for shape in [(6, 4), (32, 4), (4, 16)])
+    sums = swiglu_grad(x, "silu", x[:, :16], low=(thin, b), dlow=(thin, a))
+    assert sums.db is not None
+    assert sums.da is not None
+    assert (sums.db.shape, sums.da.shape) == ((32, 4), (4, 16))
+    assert add_low(x, (thin, b)).shape == x.shape
+
+
+def test_a_span_is_a_power_of_two_and_long_lines_have_many() -> None:
+    for tokens in (1, 63, 64, 512, 513, 8192, 20_480, 10**6):
+        span = block.span_of(tokens)
+        assert span.bit_count() == 1
+        assert 64 <= span <= 1024
+        assert -(-tokens // span) >= min(4, -(-tokens // 64))
 
 
 @pytest.mark.parametrize("each", [False, True])

@@ -4,8 +4,9 @@
     After    x' = x + o W_o^T;  n = norm(x');  h = act(n W_g^T) (n W_u^T);  x'' = x' + h W_d^T
 
 What a layer saves is what its products cannot do without: x, q, k, v (attention keeps those, and its output), x',
-gate and up before their low-rank part, and the thin s = x A^T. Norm outputs and h are made again in the backward
-kernels, where they are needed for dA alone. The gradient of the residual stream passes through both nodes.
+gate and up before their low-rank part, and the thin s = x A^T. Norm outputs are made again in the backward
+kernels, for dA alone; h only in registers, where dA of down adds up. The gradient of the residual stream passes
+through both nodes.
 
 shapes  T tokens in one line; x (T, K); q (T, H, D), k and v (T, G, D); F the MLP's width
 source  LoRA, arXiv:2106.09685; tests/test_fast.py: equal to the layer's own code in float64
@@ -181,21 +182,24 @@ class After(torch.autograd.Function):
         of_o, of_gate, of_down = map(PairGrads, ctx.wides, by_group(ctx.dtypes, ctx.wides))
         dout = dout.contiguous()
         if gu is None:
-            again = normed(x, parts.norms[1], parts.eps[1], parts.gate_up, gate_up)
-            gu, _ = times(parts.gate_up, gate_up, again.n, kernel_adds=True)
-            del again
+            made = normed(x, parts.norms[1], parts.eps[1], parts.gate_up, gate_up)
+            gu, _ = times(parts.gate_up, gate_up, made.n, kernel_adds=True)
+            del made
 
         ds = None if down is None else thin_grad(down, dout)
         dh = back(parts.down, down, shown(dout, parts.down.frozen.fp8), ds, kernel_adds=True)
-        swiglu_grad(gu, parts.act, dh, low=low(gate_up, s_gu), dlow=dlow(down, ds), keep_h=down is not None)
-        if ctx.turn != "only" and down is not None:
+        low_gu, low_d = low(gate_up, s_gu), dlow(down, ds)
+        again = ctx.turn != "only"
+        keep_h = down is not None and (again or low_d is None)
+        sums = swiglu_grad(gu, parts.act, dh, low=low_gu, dlow=low_d, keep_h=keep_h)
+        if again and down is not None:
             s_d = thin(down, dh)  # dh's memory holds h now
         of_down.take_b(s_d, dout)
-        of_down.take_a(dh, ds)
-        del dh
+        of_down.take_a(dh, ds, sums.da)
+        of_gate.take_b(s_gu, gu, sums.db)
+        del dh, sums, low_gu, low_d
 
         ds = None if gate_up is None else thin_grad(gate_up, gu)
-        of_gate.take_b(s_gu, gu)
         fp8 = parts.gate_up.frozen.fp8
         seen = shown(gu, fp8, keep=not fp8)
         del gu

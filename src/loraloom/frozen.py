@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels.block import Pair, Shown
+from .kernels.block import FUSED_RANKS, Pair, Shown, add_low
 from .kernels.fp8 import E4M3, matmul8
 from .kernels.matmul_frozen import buffer
 from .quant import AnyCodes, Codes, Weight4
@@ -155,13 +155,17 @@ class Frozen:
             if low is None:
                 assert start is not None
                 return torch.addmm(start, x.dense, self.dense().T)
-            y = low[0] @ low[1].T if start is None else torch.addmm(start, low[0], low[1].T)
+            if start is None or start.dim() == 1:
+                y = low[0] @ low[1].T if start is None else torch.addmm(start, low[0], low[1].T)
+            else:
+                y = add_low(start, low)
             return y.addmm_(x.dense, self.dense().T)  # the wide product last: it adds as it writes
         assert x.codes is not None
         y = matmul8(x.codes, *self.codes(turned=False), self.dtype)
-        for more in (bias, onto):
-            y = y if more is None else y.add_(more)
-        return y if low is None else y.addmm_(low[0], low[1].T)
+        y = y if bias is None else y.add_(bias)
+        if low is not None:
+            return add_low(y, low, y=onto, over=True)
+        return y if onto is None else y.add_(onto)
 
     def back(self, dy: Shown, low: Pair | None = None) -> Tensor:
         """dy W, and z a of low = (z, a) added, (T, I)."""
@@ -172,7 +176,10 @@ class Frozen:
             return (low[0] @ low[1]).addmm_(dy.dense, self.dense())
         assert dy.codes is not None
         dx = matmul8(dy.codes, *self.codes(turned=True), self.dtype)
-        return dx if low is None else dx.addmm_(*low)
+        if low is None:
+            return dx
+        fused = len(low[1]) in FUSED_RANKS
+        return add_low(dx, low, turned=True, over=True) if fused else dx.addmm_(*low)
 
 
 def kept_rows(weight: Tensor) -> Tensor | None:

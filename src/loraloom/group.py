@@ -223,25 +223,33 @@ class PairGrads:
     a: list[Tensor] = field(default_factory=list)
     b: list[Tensor] = field(default_factory=list)
 
-    def take_b(self, s: Tensor | None, dy: Tensor) -> None:
-        """dB = dy^T s, summed in float32."""
+    def take_b(self, s: Tensor | None, dy: Tensor, whole: Tensor | None = None) -> None:
+        """dB = dy^T s, summed in float32.
+
+        whole  the sum of the pairs side by side, where a kernel has made it
+        """
         if self.wide is None:
             return
         assert s is not None
-        whole = mm32(dy.T, s) if self.wide.b is not None else None
+        if whole is None and self.wide.b is not None:
+            whole = mm32(dy.T, s)
         for part, dtype in zip(self.wide.parts, self.dtypes[1::2]):
             db = mm32(dy[:, part.rows].T, s[:, part.ranks]) if whole is None else whole[part.rows, part.ranks]
             self.b.append(db.to(dtype))
 
-    def take_a(self, x: Tensor | None, ds: Tensor | None) -> None:
-        """dA = ds^T x, summed in float32."""
+    def take_a(self, x: Tensor | None, ds: Tensor | None, whole: Tensor | None = None) -> None:
+        """dA = ds^T x, summed in float32.
+
+        whole  the sum, where a kernel has made it
+        """
         if self.wide is None:
             return
-        assert x is not None
-        assert ds is not None
-        da = mm32(ds.T, dropped(self.wide, x))
+        if whole is None:
+            assert x is not None
+            assert ds is not None
+            whole = mm32(ds.T, dropped(self.wide, x))
         for part, dtype in zip(self.wide.parts, self.dtypes[::2]):
-            self.a.append((da[part.ranks] * part.e).to(dtype))
+            self.a.append((whole[part.ranks] * part.e).to(dtype))
 
     def __iter__(self) -> Iterator[Tensor]:
         """In the order of the pairs."""

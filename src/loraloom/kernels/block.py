@@ -3,11 +3,13 @@
     add_norm     x' = x + y;  n = x' rstd w, as it is and in 8 bits
     norm_grad    dx = rstd (g - x^ mean(g x^)) + dres,  g = dn w;  n again
     swiglu       g, u = halves of gu + z B^T;  h = act(g) u
-    swiglu_grad  dh + dz A  ->  d(gu), over gu;  h again, over dh
+    swiglu_grad  dh + dz A  ->  d(gu), over gu;  dB = d(gu)^T z, dA = dz^T h;  h again, over dh
     rope         q, k of qkv + z B^T turned by their positions;  rope_grad turns the gradients back
+    add_low      x + y + z B^T
 
 Low-rank parts of the wide tensors (gate, up; q, k, v) are added here, where the numbers pass through registers
-anyway: one read and one write of each less. Sums are float32; the definitions keep float64 for float64.
+anyway: one read and one write of each less. So are the gradients of their pairs, where a pass sees what they are
+made of. Sums are float32; the definitions keep float64 for float64.
 
 shapes  T tokens; K a layer's width; F the MLP's; z, dz (T, R); A (R, in), B (out, R) with the scale inside
 source  LoRA, arXiv:2106.09685, equation 3; RMSNorm, arXiv:1910.07467; RoPE, arXiv:2104.09864; SwiGLU, arXiv:2002.05202
@@ -23,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .fp8 import Rows8, quantize_rows
+from .products import mm32
 from .twin import twin
 
 Act = Literal["silu", "gelu_tanh"]
@@ -234,6 +237,21 @@ def _swiglu(gu: Tensor, act: Act, low: Pair | None, h: Tensor) -> None:
     swiglu(gu, act, low, h)
 
 
+@dataclass(frozen=True)
+class Sums:
+    """Gradients of the pairs that a pass adds, over all tokens: db (2F, R), da (R, F); None for a pair it has not."""
+
+    db: Tensor | None
+    da: Tensor | None
+
+
+def span_of(tokens: int) -> int:
+    """How many tokens one program walks through and adds up, a power of two: all processors have work in short lines
+    too, and in long ones the parts of the sums are a tenth of what the pass reads."""
+    eighth = max(1, -(-tokens // 8))
+    return min(1024, max(64, 1 << (eighth - 1).bit_length()))
+
+
 def swiglu_grad(
     gu: Tensor,
     act: Act,
@@ -242,31 +260,56 @@ def swiglu_grad(
     low: Pair | None = None,
     dlow: Pair | None = None,
     keep_h: bool = False,
-) -> None:
+) -> Sums:
     """The gradient of a merged product, written over it; dh's memory then holds h if it is wanted.
 
     dlow  (dz, a): dh + dz a is h's gradient
     """
+    tokens, wide = gu.shape
+    parts, kind = -(-tokens // span_of(tokens)), precise(gu)
+    db = None if low is None else gu.new_empty(parts, wide, low[0].shape[1], dtype=kind)
+    da = None if dlow is None else gu.new_empty(parts, dlow[0].shape[1], wide // 2, dtype=kind)
     if not gu.is_meta:
-        _swiglu_grad(gu, act, dh, low, dlow, keep_h)
+        _swiglu_grad(gu, act, dh, low, dlow, keep_h, db, da)
+    return Sums(*(None if part is None else part.sum(0) for part in (db, da)))
 
 
 def _swiglu_grad_reference(
-    gu: Tensor, act: Act, dh: Tensor, low: Pair | None, dlow: Pair | None, keep_h: bool
+    gu: Tensor,
+    act: Act,
+    dh: Tensor,
+    low: Pair | None,
+    dlow: Pair | None,
+    keep_h: bool,
+    db: Tensor | None,
+    da: Tensor | None,
 ) -> None:
     g, u = added(gu, low).chunk(2, dim=1)
     wide = added(dh, dlow, turned=True)
     value = torch.cat([wide * u * slope_of(g, act), wide * act_of(g, act)], dim=1)
+    h = (act_of(g, act) * u).to(dh.dtype)
     if keep_h:
-        dh.copy_(act_of(g, act) * u)
+        dh.copy_(h)
     gu.copy_(value)
+    for parts, pair, made in ((db, low, lambda z: mm32(gu.T, z)), (da, dlow, lambda dz: mm32(dz.T, h))):
+        if parts is not None and pair is not None:  # of the parts, the sum alone is defined
+            parts.zero_()[0] = made(pair[0])
 
 
 @twin(_swiglu_grad_reference)
-def _swiglu_grad(gu: Tensor, act: Act, dh: Tensor, low: Pair | None, dlow: Pair | None, keep_h: bool) -> None:
+def _swiglu_grad(
+    gu: Tensor,
+    act: Act,
+    dh: Tensor,
+    low: Pair | None,
+    dlow: Pair | None,
+    keep_h: bool,
+    db: Tensor | None,
+    da: Tensor | None,
+) -> None:
     from .block_mlp_triton import swiglu_grad
 
-    swiglu_grad(gu, act, dh, low, dlow, keep_h)
+    swiglu_grad(gu, act, dh, low, dlow, keep_h, db, da)
 
 
 # ---- positions ----------------------------------------------------------------------------------------------------
@@ -327,3 +370,28 @@ def _rope_grad(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, dqk
     from .block_rope_triton import rope_grad
 
     rope_grad(dq, dk, dv, cos, sin, dqkv)
+
+
+# ---- low-rank parts that stand alone ------------------------------------------------------------------------------
+
+
+def add_low(
+    x: Tensor, low: Pair, *, y: Tensor | None = None, turned: bool = False, over: bool = False
+) -> Tensor:
+    """x + y + z b^T (z a where turned), rounded once; over x where its memory may be had."""
+    out = x if over else torch.empty_like(x)
+    if not x.is_meta:
+        _add_low(x, y, low, turned, out)
+    return out
+
+
+def _add_low_reference(x: Tensor, y: Tensor | None, low: Pair, turned: bool, out: Tensor) -> None:
+    total = added(x, low, turned=turned)
+    out.copy_(total if y is None else total + y)
+
+
+@twin(_add_low_reference)
+def _add_low(x: Tensor, y: Tensor | None, low: Pair, turned: bool, out: Tensor) -> None:
+    from .block_low_triton import add_low
+
+    add_low(x, y, low, turned, out)
