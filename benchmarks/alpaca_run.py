@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     found = summary(run, wall)
     own = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     record = {
-        "what": f"{a.samples:,} samples, {a.model} shapes, r = {a.rank} on all linears, base {a.quantize}",
+        "what": f"{a.samples:,} samples, {a.model} shapes, r = {a.rank}, base {a.quantize}",
         "command": command_line(),
         "commit": a.commit or own.stdout.strip(),
         "machine": torch.cuda.get_device_name() if a.device == "cuda" else "cpu",

@@ -30,6 +30,7 @@ LISTS = {  # of benchmarks/peers/run_all.sh beside main and alpaca, and what the
     "qv": "r = 8 on q and v, 4 x 2,048",
     "r256": "r = 256 on all linears, 4 x 2,048",
     "lengths": "r = 16 on all linears, sequences of 512 and of 4,096",
+    "general": "Without fused layers, as models of other kinds run, r = 16 on all linears, 4 x 2,048",
     "stock": "the stock tools, r = 16 on all linears, 4 x 2,048",
     "recompute": "the other tools with recomputation, r = 16 on all linears, 4 x 2,048",
     "padded": "what other ways make of Alpaca-like lengths",
@@ -50,7 +51,7 @@ def tool(row: dict[str, Any]) -> str:
 
 def base(row: dict[str, Any]) -> str:
     """How the base is kept, and what its products run in where that is told."""
-    words = BASES.get(row["quant"], row["quant"])
+    words = BASES.get(row["quant"], row["quant"]) + ", not fused" * (row.get("fast") == "off")
     if row["peer"] != "loraloom" or row["quant"] == "none":
         return words
     graphs = {"on": ", every pass as a CUDA graph", "off": ", no CUDA graphs"}.get(row.get("graphs", ""), "")
@@ -217,6 +218,7 @@ def whole_run() -> str:
         lines.append(
             [
                 BASES.get(one["quantize"], one["quantize"]),
+                adapters(one),
                 f"{one['samples']:,}",
                 f"{found['tokens']:,}",
                 f"{found['wall_s']:.0f}",
@@ -229,6 +231,7 @@ def whole_run() -> str:
         )
     head = [
         "base",
+        "adapters",
         "samples",
         "tokens",
         "s, whole command",
@@ -237,6 +240,14 @@ def whole_run() -> str:
         "outside of steps",
     ]
     return table([*head, "tokens/s of steps", "peak GB"], lines, *records)
+
+
+def adapters(record: dict[str, Any]) -> str:
+    """Rank and place of a whole run's adapters, and their dropout if there is one."""
+    chosen = dict(one.split("=", 1) for one in record["set"])
+    targets = chosen.get("target_modules", "all-linear").strip("[]")
+    words = f"r {record['rank']} on {'all' if targets == 'all-linear' else targets.replace(',', ', ')}"
+    return words + (f", dropout {chosen['dropout']}" if "dropout" in chosen else "")
 
 
 def fp8_quality() -> str:

@@ -28,6 +28,7 @@ KEYS = {
     "recompute": ["none", "gate_up", "full", "offload"],
     "attention": ["auto", "varlen", "sdpa"],
 }
+CHOICES = KEYS | {"compile": list(kit.ONOFF)}  # of --variants
 BOOL = {"auto": "auto", "on": True, "off": False}
 FOREVER = 1_000_000  # steps of the run that this would be
 
@@ -76,7 +77,7 @@ class Loraloom:
             one = copy.deepcopy(a)
             one.quant = quant
             for key, value in (pair.split("=") for pair in pairs):
-                if value not in KEYS.get(key, [value]) or not hasattr(a, key):
+                if value not in CHOICES.get(key, [value]) or not hasattr(a, key):
                     raise SystemExit(f"--variants: there is no {key}={value}")
                 setattr(one, key, type(getattr(a, key))(value))
             found.append(one)
@@ -104,6 +105,7 @@ class Loraloom:
         self.adapters.add("default", spec_of(config))
         self.fused(a.fast)
         self.recomputing()
+        self.compiled()
         self.adapters.train()
         self.optimizer = make_optimizer(self.adapters.groups(1e-4), config.train)
         set_rates(self.optimizer, 1.0)
@@ -133,6 +135,15 @@ class Loraloom:
             self.has("workshop", "checkpoint_layers")(self.model)
         else:
             raise SystemExit(f"this version has no recompute={self.recompute}")
+
+    def compiled(self) -> None:
+        """Layers through torch's compiler: --compile on, as train.compile does."""
+        if self.a.compile == "off":
+            return
+        from loraloom.skeleton import decoder_layers
+
+        if compiled := self.has("compiling", "compile_layers"):
+            self.notes.append(compiled(list(decoder_layers(self.model) or ()), self.device))
 
     def fused(self, wanted: str) -> None:
         """Fused decoder layers, before any is recomputed; a line for each kind that is taken or is not."""
@@ -232,6 +243,7 @@ class Loraloom:
         return list(self.adapters.parameters())
 
     def about(self) -> dict[str, Any]:
+        from loraloom.compiling import compile_seconds
         from loraloom.quant import bits_per_parameter, stored_bytes
 
         weights = sum(map(stored_bytes, self.model.parameters()))
@@ -246,6 +258,7 @@ class Loraloom:
             "weights_gb": round(weights / 1e9, 3),
             "bits_a_weight": bits_per_parameter(self.model),
             "layers": self.notes,
+            **({"compile_s": compile_seconds()} if self.a.compile == "on" else {}),
         }
 
     @staticmethod
@@ -280,6 +293,7 @@ def settings(a: argparse.Namespace, recompute: str) -> Any:
         "train.recompute": recompute,
         "train.fast": BOOL[a.fast],
         "train.graphs": BOOL[a.graphs],
+        "train.compile": BOOL[a.compile],
         "train.weight_decay": 0.0,
     }
     return resolve(None, chosen)[0]

@@ -66,6 +66,8 @@ for list in "$@"; do
     s="--batch 16,2 --seq 512,4096 --checkpoint off,off $S"
     run 200 loraloom_bench.py $w $s --variants "${VARIANTS:-none;nf4}"
     run 160 torchtune_bench.py $w --quant none $s --compile on ;;
+  general) # without fused layers, as other architectures run: eager and compiled
+    run 200 loraloom_bench.py $w $Off --variants "${VARIANTS:-none;none,fast=off;none,fast=off,compile=on}" ;;
   stock) # PEFT, Liger and LitGPT beside us, bf16
     run 110 peft_hf.py $w --quant none $OnOff
     run 110 peft_liger.py $w --quant none $OnOff
