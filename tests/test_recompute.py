@@ -291,8 +291,9 @@ def test_offloading_on_a_gpu_takes_less_of_it() -> None:
     size = 8192 * 512 * 2
     assert peaks["none"] > peaks["full"] + 10 * size
     assert peaks["full"] - peaks["offload"] == pytest.approx(21 * size, abs=3 * size)
+    # FlashAttention adds up dq by atomics: a tier differs from itself by up to 0.8 % of a gradient's norm
     for one, other in zip(grads["full"], grads["offload"]):
-        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-3 * float(one.abs().max()))
+        assert float((one - other).norm() / one.norm()) < 0.03
 
 
 # ---- where it goes, and what it refuses ---------------------------------------------------------------------

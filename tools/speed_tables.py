@@ -46,6 +46,8 @@ def measured(name: str) -> Any:
 def tool(row: dict[str, Any]) -> str:
     more = [key for key in ("compile", "autocast") if row.get(key) == "on"]
     more = ["compiled" if key == "compile" else key for key in more]
+    if row["data"] != "random" and row["packing"] == "on" and row["batch"] * row["seq"] != 8192:
+        more.append(f"passes of {row['batch'] * row['seq']:,}")
     return ", ".join([NAMES.get(row["peer"], row["peer"]), *more])
 
 
@@ -130,7 +132,7 @@ def speed_list(name: str) -> str:
     commits = ", ".join(dict.fromkeys(row["commit"][:7] for row in rows))
     about = f"{record['machine']}; {versions(rows)}; commit {commits}; `{record['command']}`"
     shapes = dict.fromkeys((row.get("batch"), row.get("seq")) for row in rows)
-    if len(shapes) == 1:
+    if len(shapes) == 1 or rows[0]["data"] != "random":
         return f"{speeds(rows)}\n\n{about}"
     parts = [
         f"{batch} x {seq:,} tokens\n\n"

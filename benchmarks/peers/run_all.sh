@@ -47,6 +47,7 @@ for list in "$@"; do
   ours) run 300 loraloom_bench.py $w $Off --variants "${VARIANTS:-$Base;nf4,recompute=gate_up;nf4,recompute=full;nf4,recompute=offload;none,fast=off}" ;;
   alpaca)
     run 150 loraloom_bench.py $w $Pack --variants "${VARIANTS:-none;nf4}"
+    run 100 loraloom_bench.py $w --batch 8 --seq 2048 --packing on $A --variants "${VARIANTS:-none;nf4}"   # twice as much a pass
     run 130 torchtune_bench.py $w --quant none $Pack --compile on ;;
   small|big) # 1B, 8B
     m=llama3.2-1b; [ $list = big ] && m=llama3.1-8b

@@ -27,23 +27,29 @@ GRAD_64: dict[str, Any] = {
     "STAGES": 3,
     "num_warps": 4,
 }  # sums of 64 ranks fill the registers
+PLAIN: dict[str, Any] = {
+    "BM": 32,
+    "BN": 128,
+    "STAGES": 1,
+    "num_warps": 4,
+}  # with no pair a program has one tile
 
 
-def grid(tokens: int, width: int, tile: dict[str, Any]) -> tuple[int, int]:
-    return triton.cdiv(width, tile["BN"]), triton.cdiv(tokens, span_of(tokens))
-
-
-def steps(tokens: int, tile: dict[str, Any]) -> dict[str, Any]:
-    return {"STEPS": span_of(tokens) // tile["BM"], **tile}
+def schedule(
+    tokens: int, width: int, rank: int, tile: dict[str, Any]
+) -> tuple[tuple[int, int], dict[str, Any]]:
+    """The grid, and what a program walks through."""
+    tile, span = (tile, span_of(tokens)) if rank else (PLAIN, PLAIN["BM"])
+    grid = triton.cdiv(width, tile["BN"]), triton.cdiv(tokens, span)
+    return grid, {"STEPS": span // tile["BM"], **tile}
 
 
 def swiglu(gu: Tensor, act: str, low: tuple[Tensor, Tensor] | None, h: Tensor) -> None:
     z, b, rank = low_args(low, gu)
     tokens, width = h.shape
+    grid, walk = schedule(tokens, width, rank, FORWARD)
     with torch.cuda.device_of(gu):
-        _swiglu[grid(tokens, width, FORWARD)](
-            gu, z, b, h, tokens, F=width, R=rank, SILU=act == "silu", **steps(tokens, FORWARD)
-        )
+        _swiglu[grid](gu, z, b, h, tokens, F=width, R=rank, SILU=act == "silu", **walk)
 
 
 def swiglu_grad(
@@ -59,16 +65,17 @@ def swiglu_grad(
     z, b, rank = low_args(low, gu)
     dz, a, drank = low_args(dlow, gu)
     tokens, width = dh.shape
-    tile = GRAD if max(rank, drank) < 64 else GRAD_64
+    most = max(rank, drank)
+    grid, walk = schedule(tokens, width, most, GRAD if most < 64 else GRAD_64)
     with torch.cuda.device_of(gu):
-        _swiglu_grad[grid(tokens, width, tile)](
+        _swiglu_grad[grid](
             *(gu, dh, z, b, dz, a, gu if db is None else db, gu if da is None else da, tokens),
             F=width,
             R=rank,
             RD=drank,
             SILU=act == "silu",
             KEEP=keep_h,
-            **steps(tokens, tile),
+            **walk,
         )
 
 
