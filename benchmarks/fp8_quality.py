@@ -172,10 +172,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     subtraction.main(Path(a.folder))
     found = cosines(*(first_gradients(a, fp8) for fp8 in (False, True)))
     print(json.dumps(found), flush=True)
-    runs = []
-    if not a.gradients:
-        runs = [trained(a, fp8, seed) for seed in range(a.seeds) for fp8 in (False, True)]
     own = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    runs: list[dict[str, Any]] = []
     record = {
         "what": f"two-digit subtraction, {Path(a.model).name}, {a.quantize}, {a.steps} steps of {a.batch}",
         "command": command_line(),
@@ -185,8 +183,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "gradients": found,
         "runs": runs,
     }
-    Path(a.out).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write(record, Path(a.out))
+    for seed in range(0 if a.gradients else a.seeds):
+        runs += [trained(a, fp8, seed) for fp8 in (False, True)]
+        write(record, Path(a.out))  # pairs that are there stay, if what is left takes too long
     return record
+
+
+def write(record: dict[str, Any], out: Path) -> None:
+    out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

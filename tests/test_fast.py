@@ -25,6 +25,7 @@ from loraloom.config import TrainConfig
 from loraloom.data import Example
 from loraloom.fast import FastLayer, engage
 from loraloom.incoming import quantize_model
+from loraloom.kernels import matmul_frozen
 from loraloom.nll import nll_sum
 from loraloom.optim import make_optimizer
 from loraloom.packing import IGNORED, Batch, Documents, pack
@@ -365,6 +366,18 @@ def test_products_in_8_bits(kind: str, table: str, r: int) -> None:
     )  # gradients are rounded by scales of their own: of q, k and v together
     assert distance(got, exact) < 1.2 * distance(wanted, exact)
     assert distance(got, exact) > 0.01
+
+
+def test_a_proof_without_8_bits_leaves_no_room_of_16_behind() -> None:
+    model = quantize_model(build("llama", dtype=torch.float32, **WIDE), "nf4")
+    adapters = adapted(model)
+    use_fp8(model, True, CPU)
+    with plain_products(model):
+        result(adapters)
+        assert torch.float32 in {dtype for _, dtype, _ in matmul_frozen._buffers}
+    assert not matmul_frozen._buffers
+    result(adapters)
+    assert {dtype for _, dtype, _ in matmul_frozen._buffers} == {torch.float8_e4m3fn}
 
 
 def test_one_of_three_that_is_not_multiplied_in_8_bits() -> None:

@@ -19,6 +19,7 @@ from torch import nn
 
 from .errors import UserError
 from .kernels.fp8 import fp8_reason, width_reason
+from .kernels.matmul_frozen import release_buffers
 from .quant import PIECE, AnyCodes, Weight4
 
 LOST = 1e-3  # of the weights that are not zero, those that may come out as zeros
@@ -76,6 +77,8 @@ def plain_products(model: nn.Module) -> Iterator[None]:
     finally:
         for weight, codes in zip(held, before):
             weight.codes = codes
+        if held:
+            release_buffers()  # of 16-bit products, which such a model needs for nothing else
 
 
 def note(names: list[str], why: str) -> str:
