@@ -344,7 +344,18 @@ def test_profiles_whole_runs_and_gradients_become_tables(tmp_path: Path, monkeyp
     assert "| fp8 products | 0.500 | 0.500 | 0.750 | 0.750 |" in speed_tables.fp8_quality()
     found = {"tokens": 10, "wall_s": 4.0, "steps_s": 2.0, "evaluations_s": 1.0, "share_outside_of_steps": 0.5}
     found |= {"tokens_per_s_sustained": 5.0, "peak_gb": 1.0}
-    (tmp_path / "speed_alpaca_run_nf4.json").write_text(
-        json.dumps(about | {"samples": 2, "quantize": "nf4", "result": found})
-    )
-    assert "| NF4 | 2 | 10 | 4 | 2 | 1 | 50 % | 5 | 1.0 |" in speed_tables.whole_run()
+    run = about | {"samples": 2, "quantize": "nf4", "rank": 8, "set": ["train.epochs=1"], "result": found}
+    (tmp_path / "speed_alpaca_run_nf4.json").write_text(json.dumps(run))
+    assert "| NF4 | r 8 on all | 2 | 10 | 4 | 2 | 1 | 50 % | 5 | 1.0 |" in speed_tables.whole_run()
+    run["set"] = ["target_modules=[q_proj,v_proj]", "dropout=0.05"]
+    (tmp_path / "speed_alpaca_run_nf4.json").write_text(json.dumps(run))
+    assert "| NF4 | r 8 on q_proj, v_proj, dropout 0.05 | 2 |" in speed_tables.whole_run()
+
+
+def test_the_speed_tables_say_what_is_not_fused_and_how_long_passes_are():
+    row = {"peer": "loraloom", "quant": "none", "fast": "off", "compile": "on", "data": "random"}
+    assert speed_tables.base(row) == "bf16, not fused"
+    assert speed_tables.tool(row) == "**LoRALoom**, compiled"
+    packed = {"peer": "loraloom", "data": "alpaca-like", "packing": "on", "seq": 2048}
+    assert speed_tables.tool(packed | {"batch": 8}) == "**LoRALoom**, passes of 16,384"
+    assert speed_tables.tool(packed | {"batch": 4}) == "**LoRALoom**"

@@ -108,7 +108,6 @@ def _swiglu(
     STAGES: tl.constexpr,
 ):
     col = tl.program_id(0) * BN + tl.arange(0, BN)
-    some = (col < F)[None, :]
     if R > 0:
         b_g = out_tile(b_ptr, col, R, F)
         b_u = out_tile(b_ptr + F * R, col, R, F)
@@ -116,7 +115,7 @@ def _swiglu(
     for step in tl.range(0, STEPS, num_stages=STAGES):
         rows = top + step * BM + tl.arange(0, BM)
         inside = rows < tokens
-        live = inside[:, None] & some
+        live = inside[:, None] & (col < F)[None, :]
         at = rows[:, None] * (2 * F) + col[None, :]
         g = tl.load(gu_ptr + at, mask=live, other=0.0).to(tl.float32)
         u = tl.load(gu_ptr + at + F, mask=live, other=0.0).to(tl.float32)
@@ -127,6 +126,13 @@ def _swiglu(
         value, _slope = _act(g, SILU)
         h = (value * u).to(h_ptr.dtype.element_ty)
         tl.store(h_ptr + rows[:, None] * F + col[None, :], h, mask=live)
+
+
+@triton.jit
+def _write(ptr, sums, col, F: tl.constexpr, R: tl.constexpr, BY_COL: tl.constexpr, BY_RANK: tl.constexpr):
+    """What was added up for features `col`, at a stride for features and one for ranks."""
+    at = col[:, None] * BY_COL + tl.arange(0, R)[None, :] * BY_RANK
+    tl.store(ptr + at, sums, mask=(col < F)[:, None])
 
 
 @triton.jit
@@ -152,7 +158,6 @@ def _swiglu_grad(
 ):
     col = tl.program_id(0) * BN + tl.arange(0, BN)
     part = tl.program_id(1).to(tl.int64)
-    some = (col < F)[None, :]
     kind = gu_ptr.dtype.element_ty
     if R > 0:
         b_g = out_tile(b_ptr, col, R, F)
@@ -165,7 +170,7 @@ def _swiglu_grad(
     for step in tl.range(0, STEPS, num_stages=STAGES):
         rows = part * (STEPS * BM) + step * BM + tl.arange(0, BM)
         inside = rows < tokens
-        live = inside[:, None] & some
+        live = inside[:, None] & (col < F)[None, :]
         at = rows[:, None] * F + col[None, :]
         wide = rows[:, None] * (2 * F) + col[None, :]
         dh = tl.load(dh_ptr + at, mask=live, other=0.0).to(tl.float32)
@@ -191,10 +196,9 @@ def _swiglu_grad(
             db_u += tl.dot(tl.trans(du), z, input_precision="ieee")
         if RD > 0:
             da += tl.dot(tl.trans(h), dz, input_precision="ieee")
-    mine = (col < F)[:, None]
     if R > 0:
-        to = db_ptr + part * (2 * F * R) + col[:, None] * R + tl.arange(0, R)[None, :]
-        tl.store(to, db_g, mask=mine)
-        tl.store(to + F * R, db_u, mask=mine)
+        to = db_ptr + part * (2 * F * R)
+        _write(to, db_g, col, F, R, R, 1)
+        _write(to + F * R, db_u, col, F, R, R, 1)
     if RD > 0:
-        tl.store(da_ptr + part * (RD * F) + tl.arange(0, RD)[None, :] * F + col[:, None], da, mask=mine)
+        _write(da_ptr + part * (RD * F), da, col, F, RD, 1, F)
