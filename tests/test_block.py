@@ -146,6 +146,29 @@ def test_swiglu_grad(
     both(run, dtype)
 
 
+@pytest.mark.parametrize("rank", [16, 64])
+def test_gpus_with_little_shared_memory_have_schedules_that_fit(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loraloom.kernels import block_mlp_triton, block_rope_triton, block_tiles_triton
+
+    asked: list[Tensor] = []
+    for file in (block_mlp_triton, block_rope_triton):
+        monkeypatch.setattr(file, "roomy", lambda x: bool(asked.append(x)))
+    test_swiglu(33, 48, rank, torch.float32, "silu")
+    test_swiglu_grad(150, 48, rank, torch.float32, "silu", whole=True)
+    test_rope(4, 2, 32, 32, torch.float32)
+    assert len(asked) >= 4
+    monkeypatch.setattr(block_tiles_triton, "shared_memory", lambda device: 99 * 1024)
+
+    class OnGpu(Tensor):
+        is_cuda = True  # type: ignore[assignment]
+
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.zeros(1, dtype=dtype).as_subclass(OnGpu)
+        assert block_tiles_triton.roomy(x) == (dtype == torch.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("tokens", "width", "rank"), SIZES)
 @pytest.mark.parametrize("turned", [False, True])

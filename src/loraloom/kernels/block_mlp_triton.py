@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .block import span_of
-from .block_tiles_triton import in_tile, low_args, out_tile, thin_tile
+from .block_tiles_triton import in_tile, low_args, out_tile, roomy, thin_tile
 
 # Schedules, no part of the result: the best of some twenty each at 7B shapes on an H100.
 FORWARD: dict[str, Any] = {"BM": 32, "BN": 64, "STAGES": 2, "num_warps": 4}
@@ -27,6 +27,7 @@ GRAD_64: dict[str, Any] = {
     "STAGES": 3,
     "num_warps": 4,
 }  # sums of 64 ranks fill the registers
+SMALL: dict[str, Any] = {"BM": 16, "BN": 32, "STAGES": 1, "num_warps": 4}  # 39 KB, the most that it takes
 PLAIN: dict[str, Any] = {
     "BM": 32,
     "BN": 128,
@@ -35,21 +36,20 @@ PLAIN: dict[str, Any] = {
 }  # with no pair a program has one tile
 
 
-def schedule(
-    tokens: int, width: int, rank: int, tile: dict[str, Any]
-) -> tuple[tuple[int, int], dict[str, Any]]:
+def schedule(gu: Tensor, rank: int, tile: dict[str, Any]) -> tuple[tuple[int, int], dict[str, Any]]:
     """The grid, and what a program walks through."""
-    tile, span = (tile, span_of(tokens)) if rank else (PLAIN, PLAIN["BM"])
+    tokens, width = len(gu), gu.shape[1] // 2
+    tile = PLAIN if not rank else tile if roomy(gu) else SMALL
+    span = span_of(tokens) if rank else tile["BM"]
     grid = triton.cdiv(width, tile["BN"]), triton.cdiv(tokens, span)
     return grid, {"STEPS": span // tile["BM"], **tile}
 
 
 def swiglu(gu: Tensor, act: str, low: tuple[Tensor, Tensor] | None, h: Tensor) -> None:
     z, b, rank = low_args(low, gu)
-    tokens, width = h.shape
-    grid, walk = schedule(tokens, width, rank, FORWARD)
+    grid, walk = schedule(gu, rank, FORWARD)
     with torch.cuda.device_of(gu):
-        _swiglu[grid](gu, z, b, h, tokens, F=width, R=rank, SILU=act == "silu", **walk)
+        _swiglu[grid](gu, z, b, h, len(h), F=h.shape[1], R=rank, SILU=act == "silu", **walk)
 
 
 def swiglu_grad(
@@ -64,13 +64,12 @@ def swiglu_grad(
 ) -> None:
     z, b, rank = low_args(low, gu)
     dz, a, drank = low_args(dlow, gu)
-    tokens, width = dh.shape
     most = max(rank, drank)
-    grid, walk = schedule(tokens, width, most, GRAD if most < 64 else GRAD_64)
+    grid, walk = schedule(gu, most, GRAD if most < 64 else GRAD_64)
     with torch.cuda.device_of(gu):
         _swiglu_grad[grid](
-            *(gu, dh, z, b, dz, a, gu if db is None else db, gu if da is None else da, tokens),
-            F=width,
+            *(gu, dh, z, b, dz, a, gu if db is None else db, gu if da is None else da, len(dh)),
+            F=dh.shape[1],
             R=rank,
             RD=drank,
             SILU=act == "silu",

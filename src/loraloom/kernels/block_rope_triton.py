@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .block_tiles_triton import low_args, out_tile, thin_tile
+from .block_tiles_triton import low_args, out_tile, roomy, thin_tile
 
 FORWARD: dict[str, Any] = {"BM": 32, "HEADS": 8, "STAGES": 3, "num_warps": 4}  # the best of twenty
 BACK: dict[str, Any] = {"BM": 128, "num_warps": 4}
@@ -31,7 +31,7 @@ def rope(
             TURNED=count + groups,
             R=rank,
             **head_shape(width, cos.shape[1]),
-            **FORWARD,
+            **(FORWARD if roomy(qkv) else FORWARD | {"STAGES": 1}),
         )
 
 

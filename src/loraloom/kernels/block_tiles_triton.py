@@ -8,6 +8,9 @@ shapes  R is 16, 32 or 64: callers fill up
 
 from __future__ import annotations
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,6 +19,18 @@ from torch import Tensor
 def low_args(low: tuple[Tensor, Tensor] | None, like: Tensor) -> tuple[Tensor, Tensor, int]:
     """Thin factor, matrix and rank; something to point at and 0 where there is none."""
     return (like, like, 0) if low is None else (low[0], low[1], low[0].shape[1])
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a block of a GPU may have."""
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+
+
+def roomy(x: Tensor) -> bool:
+    """Whether a GPU has the shared memory that schedules with loads ahead take, as chosen on an H100: 82 KB in 16 bits
+    for 64 ranks. GPUs since Ampere have it; with 32 bits only the largest do."""
+    return not x.is_cuda or shared_memory(x.device) >= 48 * 1024 * x.element_size()
 
 
 @triton.jit
