@@ -23,8 +23,9 @@ def low_args(low: tuple[Tensor, Tensor] | None, like: Tensor) -> tuple[Tensor, T
 
 @functools.cache
 def shared_memory(device: torch.device) -> int:
-    """Bytes that a block of a GPU may have."""
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    """Bytes that a block of a GPU may have; AMD's do not say, and have 64 KB."""
+    about = torch.cuda.get_device_properties(device)
+    return int(getattr(about, "shared_memory_per_block_optin", 64 * 1024))
 
 
 def roomy(x: Tensor) -> bool:
