@@ -356,6 +356,10 @@ def test_the_speed_tables_say_what_is_not_fused_and_how_long_passes_are():
     row = {"peer": "loraloom", "quant": "none", "fast": "off", "compile": "on", "data": "random"}
     assert speed_tables.base(row) == "bf16, not fused"
     assert speed_tables.tool(row) == "**LoRALoom**, compiled"
-    packed = {"peer": "loraloom", "data": "alpaca-like", "packing": "on", "seq": 2048}
+    packed: dict[str, Any] = {"peer": "loraloom", "data": "alpaca-like", "packing": "on", "seq": 2048}
+    packed |= {"quant": "none", "checkpoint": "off", "tokens_per_s": 12}
+    other = packed | {"peer": "torchtune", "batch": 4, "tokens_per_s": 10}
+    assert speed_tables.over_best(packed | {"batch": 4}, [other]) == "1.20"
+    assert speed_tables.over_best(packed | {"batch": 8}, [other]) == "", "passes of other lengths"
     assert speed_tables.tool(packed | {"batch": 8}) == "**LoRALoom**, passes of 16,384"
     assert speed_tables.tool(packed | {"batch": 4}) == "**LoRALoom**"

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -147,7 +151,7 @@ def test_swiglu_grad(
 
 
 @pytest.mark.parametrize("rank", [16, 64])
-def test_gpus_with_little_shared_memory_have_schedules_that_fit(
+def test_smaller_schedules_for_gpus_with_little_shared_memory_compute_the_same(
     rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from loraloom.kernels import block_mlp_triton, block_rope_triton, block_tiles_triton
@@ -167,6 +171,22 @@ def test_gpus_with_little_shared_memory_have_schedules_that_fit(
     for dtype in (torch.bfloat16, torch.float32):
         x = torch.zeros(1, dtype=dtype).as_subclass(OnGpu)
         assert block_tiles_triton.roomy(x) == (dtype == torch.bfloat16)
+
+
+def test_what_is_kept_ahead_fits_into_shared_memory() -> None:
+    """The compiler tells, for GPUs that need not be here; not where kernels are interpreted, so in another process."""
+    script = Path(__file__).parent / "kernel_room.py"
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env=os.environ | {"TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert {name for name, *_ in lines} == {"_swiglu_grad", "_rope"}
+    assert [line for line in lines if int(line[2]) > int(line[3])] == []
+    assert max(int(takes) for _, _, takes, _ in lines) > 100_000  # what smaller GPUs could not have
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -242,6 +262,9 @@ def test_swiglu_grad_is_autograds(act: block.Act) -> None:
     torch.testing.assert_close(memory, h.detach())
     torch.testing.assert_close([sums.db, sums.da], [db, da])
     assert swiglu_grad(gu.detach().clone(), act, dh.detach().clone()) == block.Sums(None, None)
+    none = swiglu_grad(out[:0], act, memory[:0], low=(z.detach()[:0], b.detach()))
+    assert none.db is not None
+    assert not none.db.any()
 
 
 @pytest.mark.parametrize("part", [16, 8])

@@ -46,8 +46,8 @@ def measured(name: str) -> Any:
 def tool(row: dict[str, Any]) -> str:
     more = [key for key in ("compile", "autocast") if row.get(key) == "on"]
     more = ["compiled" if key == "compile" else key for key in more]
-    if row["data"] != "random" and row["packing"] == "on" and row["batch"] * row["seq"] != 8192:
-        more.append(f"passes of {row['batch'] * row['seq']:,}")
+    if row["data"] != "random" and row["packing"] == "on" and pass_of(row) != 8192:
+        more.append(f"passes of {pass_of(row):,}")
     return ", ".join([NAMES.get(row["peer"], row["peer"]), *more])
 
 
@@ -70,6 +70,11 @@ def recomputed(row: dict[str, Any]) -> str:
     return "yes, on the host" if row["peer"] == "unsloth" and row["checkpoint"] == "on" else "yes"
 
 
+def pass_of(row: dict[str, Any]) -> int:
+    """The tokens that a pass has room for."""
+    return int(row["batch"]) * int(row["seq"])
+
+
 def over_best(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """Ours over the fastest other tool with a base of the same kind, recomputing or not as ours does.
 
@@ -78,7 +83,9 @@ def over_best(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     others = [
         other
         for other in rows
-        if other["peer"] != "loraloom" and (other["checkpoint"] == "off") == (row["checkpoint"] == "off")
+        if other["peer"] != "loraloom"
+        and (other["checkpoint"] == "off") == (row["checkpoint"] == "off")
+        and (other.get("packing") != "on" or pass_of(other) == pass_of(row))
     ]
     same = [other for other in others if (other["quant"] == "none") == (row["quant"] == "none")]
     best = max((other["tokens_per_s"] for other in same or others), default=0)

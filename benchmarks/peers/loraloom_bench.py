@@ -243,7 +243,6 @@ class Loraloom:
         return list(self.adapters.parameters())
 
     def about(self) -> dict[str, Any]:
-        from loraloom.compiling import compile_seconds
         from loraloom.quant import bits_per_parameter, stored_bytes
 
         weights = sum(map(stored_bytes, self.model.parameters()))
@@ -258,7 +257,7 @@ class Loraloom:
             "weights_gb": round(weights / 1e9, 3),
             "bits_a_weight": bits_per_parameter(self.model),
             "layers": self.notes,
-            **({"compile_s": compile_seconds()} if self.a.compile == "on" else {}),
+            **({"compile_s": self.has("compiling", "compile_seconds")()} if self.a.compile == "on" else {}),
         }
 
     @staticmethod

@@ -5,8 +5,8 @@
 
 What a layer saves is what its products cannot do without: x, q, k, v (attention keeps those, and its output), x',
 gate and up before their low-rank part, and the thin s = x A^T. Norm outputs are made again in the backward
-kernels, for dA alone; h only in registers, where dA of down adds up. The gradient of the residual stream passes
-through both nodes.
+kernels, for dA alone; h in registers, where dA of down adds up, or over dh where it is needed whole. The gradient of
+the residual stream passes through both nodes.
 
 shapes  T tokens in one line; x (T, K); q (T, H, D), k and v (T, G, D); F the MLP's width
 source  LoRA, arXiv:2106.09685; tests/test_fast.py: equal to the layer's own code in float64

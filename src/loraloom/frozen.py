@@ -155,9 +155,10 @@ class Frozen:
             if low is None:
                 assert start is not None
                 return torch.addmm(start, x.dense, self.dense().T)
-            if start is None or start.dim() == 1:
-                y = low[0] @ low[1].T if start is None else torch.addmm(start, low[0], low[1].T)
+            if onto is None:
+                y = low[0] @ low[1].T if bias is None else torch.addmm(bias, low[0], low[1].T)
             else:
+                assert start is not None
                 y = add_low(start, low)
             return y.addmm_(x.dense, self.dense().T)  # the wide product last: it adds as it writes
         assert x.codes is not None

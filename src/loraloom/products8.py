@@ -78,7 +78,7 @@ def plain_products(model: nn.Module) -> Iterator[None]:
         for weight, codes in zip(held, before):
             weight.codes = codes
         if held:
-            release_buffers()  # of 16-bit products, which such a model needs for nothing else
+            release_buffers()  # of 16-bit products; whichever weight has no others makes it again
 
 
 def note(names: list[str], why: str) -> str:

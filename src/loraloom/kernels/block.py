@@ -293,7 +293,7 @@ def _swiglu_grad_reference(
     gu.copy_(value)
     for parts, pair, made in ((db, low, lambda z: mm32(gu.T, z)), (da, dlow, lambda dz: mm32(dz.T, h))):
         if parts is not None and pair is not None:  # of the parts, the sum alone is defined
-            parts.zero_()[0] = made(pair[0])
+            parts.zero_()[:1] = made(pair[0])
 
 
 @twin(_swiglu_grad_reference)
@@ -378,7 +378,12 @@ def _rope_grad(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, dqk
 def add_low(
     x: Tensor, low: Pair, *, y: Tensor | None = None, turned: bool = False, over: bool = False
 ) -> Tensor:
-    """x + y + z b^T (z a where turned), rounded once; over x where its memory may be had."""
+    """x + y + z b^T (z a where turned), rounded once; over x where its memory may be had.
+
+    x, y  contiguous; the rank one of FUSED_RANKS
+    """
+    assert x.is_contiguous()
+    assert y is None or y.is_contiguous()
     out = x if over else torch.empty_like(x)
     if not x.is_meta:
         _add_low(x, y, low, turned, out)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .block_tiles_triton import low_args, out_tile, roomy, thin_tile
 
-FORWARD: dict[str, Any] = {"BM": 32, "HEADS": 8, "STAGES": 3, "num_warps": 4}  # the best of twenty
+FORWARD: dict[str, Any] = {"BM": 32, "STAGES": 3, "num_warps": 4}  # the best of twenty
+MOST = 8  # heads
 BACK: dict[str, Any] = {"BM": 128, "num_warps": 4}
 
 
@@ -24,14 +25,17 @@ def rope(
     count, groups = heads
     width = qkv.shape[1] // (count + 2 * groups)
     blocks = count + (2 if rank else 1) * groups  # v only where something is added to it
+    each = max(n for n in range(1, MOST + 1) if blocks % n == 0)  # heads that a program takes
+    shape = head_shape(width, cos.shape[1])
+    ahead = roomy(qkv) and shape["P2"] + shape["PR"] <= 64  # B's rows of the next heads fill shared memory
     with torch.cuda.device_of(qkv):
-        _rope[(triton.cdiv(blocks, FORWARD["HEADS"]), triton.cdiv(len(qkv), FORWARD["BM"]))](
+        _rope[(blocks // each, triton.cdiv(len(qkv), FORWARD["BM"]))](
             *(qkv, cos, sin, z, b, len(qkv), qkv.stride(0), cos.stride(0)),
-            BLOCKS=blocks,
+            HEADS=each,
             TURNED=count + groups,
             R=rank,
-            **head_shape(width, cos.shape[1]),
-            **(FORWARD if roomy(qkv) else FORWARD | {"STAGES": 1}),
+            **shape,
+            **(FORWARD if ahead else FORWARD | {"STAGES": 1}),
         )
 
 
@@ -70,7 +74,6 @@ def _rope(
     tokens,
     stride,
     cos_stride,
-    BLOCKS: tl.constexpr,
     TURNED: tl.constexpr,
     R: tl.constexpr,
     D: tl.constexpr,
@@ -92,8 +95,7 @@ def _rope(
     if R > 0:
         z = thin_tile(z_ptr, rows, inside, R)
     for count in tl.range(0, HEADS, num_stages=STAGES):
-        mine = tl.program_id(0) * HEADS + count
-        head = tl.minimum(mine, BLOCKS - 1)  # beyond the last head nothing is written
+        head = tl.program_id(0) * HEADS + count
         at = rows[:, None] * stride + head * D + d[None, :]
         own = b_ptr + head * D * R
         first = tl.load(qkv_ptr + at, mask=live, other=0.0).to(tl.float32)
@@ -103,12 +105,11 @@ def _rope(
             second += tl.dot(z, out_tile(own + E2 * R, d, R, E2), input_precision="ieee")
         turned = tl.where(head < TURNED, first * cos - second * sin, first)
         second = tl.where(head < TURNED, second * cos + first * sin, second)
-        there = live & (mine < BLOCKS)
-        tl.store(qkv_ptr + at, turned.to(kind), mask=there)
-        tl.store(qkv_ptr + at + E2, second.to(kind), mask=there)
+        tl.store(qkv_ptr + at, turned.to(kind), mask=live)
+        tl.store(qkv_ptr + at + E2, second.to(kind), mask=live)
         if PR > 0 and R > 0:
             more = 2 * E2 + tl.arange(0, PR)
-            there = inside[:, None] & (more < D)[None, :] & (mine < BLOCKS)
+            there = inside[:, None] & (more < D)[None, :]
             at = rows[:, None] * stride + head * D + more[None, :]
             rest = tl.load(qkv_ptr + at, mask=there, other=0.0).to(tl.float32)
             rest += tl.dot(z, out_tile(own, more, R, D), input_precision="ieee")

@@ -29,8 +29,8 @@ def shared_memory(device: torch.device) -> int:
 
 
 def roomy(x: Tensor) -> bool:
-    """Whether a GPU has the shared memory that schedules with loads ahead take, as chosen on an H100: 82 KB in 16 bits
-    for 64 ranks. GPUs since Ampere have it; with 32 bits only the largest do."""
+    """Whether a GPU has the shared memory that schedules with loads ahead take, as chosen on an H100: 82 KB at most in
+    16 bits. GPUs since Ampere have it; with 32 bits only the largest do. Held by tests/kernel_room.py."""
     return not x.is_cuda or shared_memory(x.device) >= 48 * 1024 * x.element_size()
 
 
