@@ -33,6 +33,7 @@ KERNELS = {  # the first pattern that a kernel's name holds decides, in lower ca
     "dequantisation": r"dequant|turn4|turn8|channel_amax",
     "activations to fp8": r"quantize_rows|requantise",
     "head and loss": r"cross_entropy|nll|softmax|place_rows",
+    "low-rank products": r"add_low",
     "norm, rope, swiglu": r"rms|norm|rope|rotary|swiglu|silu|sigmoid",
     "optimizer and clipping": r"adam|multi_tensor|foreach|lpnorm",
     "copies": r"^memcpy|^memset|copy|fill|catarray|direct_copy",
