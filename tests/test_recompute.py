@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 from collections import Counter
 from types import SimpleNamespace
@@ -449,6 +450,25 @@ def test_what_is_set_is_taken_and_a_pass_is_fitted_to_it() -> None:
     assert (one.tier, one.tokens) == ("none", 4096)
     with pytest.raises(UserError, match="the smallest pass needs"):
         chosen(needed("offload", 64) - 1, **fit)
+
+
+def test_a_pass_is_longer_where_that_fits_easily_and_a_step_has_the_tokens() -> None:
+    room = math.ceil(needed("none", 16384) / 0.9)
+    one = chosen(room)
+    assert (one.tier, one.tokens) == ("none", 16384)
+    assert "passes of 16,384 fit easily" in one.reason
+    assert chosen(room - 10).tokens == 8192  # it would fit, but tightly
+    one = chosen(math.ceil(needed("full", 16384) / 0.9))
+    assert (one.tier, one.tokens) == ("full", 16384)  # nothing more is computed again for it
+    assert chosen(room, **{"train.recompute": "none"}).tokens == 16384
+    for less in (
+        {"train.recompute": "full"},
+        {"train.micro_tokens": 8192},
+    ):  # who asks for less memory gets it
+        assert chosen(room, **less).tokens == 8192
+    for step, tokens in ((8192, 8192), (8193, 16384)):
+        work: Any = SimpleNamespace(batches=WORK.batches, step_tokens=step)
+        assert choose(Predicts(config()), work, Gpu("a GPU", room)).tokens == tokens  # type: ignore[arg-type]
 
 
 def test_what_cannot_be_predicted_is_not_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:

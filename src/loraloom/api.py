@@ -45,7 +45,7 @@ from .small_model import cache_folder
 from .train import train_loop
 from .use import Opened, converse, evaluate, open_target
 from .workload import Measured
-from .workshop import Workshop, build, method_of, spec_of
+from .workshop import Workshop, build, method_of, spec_of, usual_tokens
 
 __all__ = ["Opened", "Run", "converse", "evaluate", "merge", "open_target", "plan", "resume", "train"]
 Listener = Callable[[str, Any], None]
@@ -294,8 +294,8 @@ def fit_beside_the_model(config: RunConfig, loaded: Loaded, examples: Examples, 
     except UserError as error:
         if config.train.micro_tokens == "fit":
             raise
-        assert isinstance(config.train.micro_tokens, int)
-        return Choice("none", config.train.micro_tokens, error.message)
+        tier = "none" if config.train.recompute == "auto" else config.train.recompute
+        return Choice(tier, usual_tokens(config, loaded.device.type), error.message)
     return choose(predictor, work, replace(gpu, bytes=gpu.bytes + held))
 
 

@@ -41,7 +41,7 @@ from .recompute import Choice
 from .rundir import Run
 from .step import accumulate
 from .task import Listen, Task
-from .workshop import Fit, Workshop, check_biases, decide, plan_of, spec_of
+from .workshop import Fit, Workshop, check_biases, decide, plan_of, spec_of, usual_tokens
 
 NOT_HERE: Mapping[str, tuple[Callable[[Any], bool], str]] = {  # when a setting is wrong, and why
     "train.fast": (lambda on: on is True, "fused layers are those of causal models"),
@@ -99,7 +99,9 @@ def build(
     check_biases(config, adapters)
     plan = plan_of(config, prepared.train.lengths)
     adapter.method.check_steps(len(plan))
-    decided |= decide(config, adapter.method, len(plan), loaded)
+    decided |= decide(config, adapter.method, len(plan))
+    if config.train.micro_tokens == "auto":
+        decided["train.micro_tokens"] = usual_tokens(config, loaded.device.type)
     decided |= {"train.recompute": "none"} if config.train.recompute == "auto" else {}
     decided |= {"data.packing": False} if config.data.packing else {}
     adapter.ready = True

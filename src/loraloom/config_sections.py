@@ -142,8 +142,8 @@ class TrainConfig(Section):
     )
     micro_tokens: Positive | Literal["auto", "fit"] = Field(
         "auto",
-        description="tokens per forward pass; changes memory and speed, not the result; fit: the most that "
-        "`loraloom plan` says the GPU holds",
+        description="tokens per forward pass; changes memory and speed, not the result; auto: 8,192 on a GPU, 16,384 "
+        "where `loraloom plan` says that they fit easily, 2,048 on a CPU; fit: the most that fit",
     )
     optimizer: Literal["adamw", "adamw8bit", "sgd"] = Field(
         "adamw", description="adamw8bit keeps AdamW's moments in 8 bits"

@@ -1,4 +1,4 @@
-"""What fits a GPU: the least recomputation (train.recompute=auto), and the largest pass (train.micro_tokens=fit).
+"""What fits a GPU: the least recomputation (train.recompute=auto), and the tokens of a pass (train.micro_tokens).
 
 units   bytes; a GPU sold as "80 GB" has 0.98 * 80 * 2**30 to give. Tokens of a pass in steps of GRAIN
 """
@@ -15,11 +15,12 @@ from .errors import UserError
 from .memory import CONTEXT, Prediction, Predictor, tier
 from .recompute import TIERS, Choice
 from .workload import Workload
-from .workshop import GPU_TOKENS
+from .workshop import GPU_TOKENS, LONG_TOKENS, usual_tokens
 
 GRAIN = 64  # tokens between two sizes of a pass that are told apart
 SOLD = 0.98  # of a GPU's gigabytes, what the driver leaves: an H100 "80GB" has 79.2 * 2**30 bytes
 MOST = 1 << 18  # tokens of a pass beyond which nothing is gained
+EASILY = 0.9  # of a GPU's memory, what a pass that need not be so long may take
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,21 @@ def least_recompute(predictor: Predictor, work: Workload, tokens: int, gpu: Gpu)
     return name, f"the smallest, and it needs {needed / 1e9:.1f} of the {room}"
 
 
+def longer_pass(predictor: Predictor, name: str, work: Workload, gpu: Gpu) -> int | None:
+    """What a pass of LONG_TOKENS needs; None if no step has so many tokens, or memory would be tight.
+
+    The host launches a pass in the same time however long it is, and products of more rows leave fewer processors
+    idle (docs/speed.md, lengths like Alpaca's: 5 % in bf16, 23 % from NF4).
+    """
+    if work.step_tokens is not None and work.step_tokens <= GPU_TOKENS:
+        return None
+    try:
+        needed = predictor.at(name).predict(work.batches(LONG_TOKENS)).needed
+    except UserError:
+        return None  # least_recompute has said why, or whoever recomputes will
+    return needed if needed <= EASILY * gpu.bytes else None
+
+
 def choose(predictor: Predictor, work: Workload, gpu: Gpu, *, fit: bool = False) -> Choice:
     """What a run computes again and the tokens of its passes, as the settings say or as they fit.
 
@@ -119,11 +135,16 @@ def choose(predictor: Predictor, work: Workload, gpu: Gpu, *, fit: bool = False)
     raises  UserError if a pass is to be fitted and not even the smallest fits
     """
     wish = predictor.config.train
-    tokens = wish.micro_tokens if isinstance(wish.micro_tokens, int) else GPU_TOKENS
+    tokens = usual_tokens(predictor.config, "cuda")
     name: str = wish.recompute
     reason = "as set"
     if wish.recompute == "auto":
         name, reason = least_recompute(predictor, work, tokens, gpu)
+    if wish.micro_tokens == "auto" and wish.recompute in ("auto", "none") and not fit:
+        needs = longer_pass(predictor, name, work, gpu)
+        if needs is not None:
+            tokens = LONG_TOKENS
+            reason = f"{reason}; passes of {tokens:,} fit easily, with {needs / 1e9:.1f} GB"
     if fit or wish.micro_tokens == "fit":
         predictor = predictor.at(name)
         found = largest_pass(predictor, work, gpu.bytes)

@@ -30,7 +30,7 @@ from .shapes import published
 from .skeleton import num_layers, read_shape, text_config
 from .small_model import NAMES, cache_folder
 from .workload import Measured, Workload, assumed
-from .workshop import GPU_TOKENS, UNLIMITED, method_defaults, plan_of
+from .workshop import UNLIMITED, method_defaults, plan_of, usual_tokens
 
 NO_DATA = "none"
 PAPER = {"full": 1.2e12, "lora": 350e9, "source": "LoRA paper, arXiv:2106.09685, section 4.2, for GPT-3 175B"}
@@ -157,7 +157,7 @@ def plan(
 def open_choice(config: RunConfig) -> Choice:
     """What is planned for where there is no GPU to fit into."""
     train = config.train
-    tokens = train.micro_tokens if isinstance(train.micro_tokens, int) else GPU_TOKENS
+    tokens = usual_tokens(config, "cuda")
     if train.recompute != "auto":
         return Choice(train.recompute, tokens, "as set")
     return Choice("none", tokens, "no GPU to fit into is named")

@@ -43,7 +43,8 @@ from .recompute import Choice, apply, fuse
 from .skeleton import decoder_layers, read_shape
 
 UNLIMITED = 1 << 20  # tokens, for a model that names no limit
-GPU_TOKENS, CPU_TOKENS = 8192, 2048  # of a pass, if the settings leave it open
+# Of a pass, if the settings leave it open: on a GPU, on one with room for more, and on a CPU.
+GPU_TOKENS, LONG_TOKENS, CPU_TOKENS = 8192, 16384, 2048
 
 
 Fit = Callable[[RunConfig, Loaded, Examples, StepPlan], Choice]
@@ -150,7 +151,7 @@ def build(
 ) -> Workshop:
     """Load, read, attach and plan.
 
-    fit    chooses what is computed again, and the tokens of a pass where train.micro_tokens=fit, by a GPU's memory
+    fit    chooses what is computed again, and the tokens of a pass where they are not set, by a GPU's memory
     fresh  whether training starts here, so that a method sees what it must first; else a checkpoint follows
     tell   told the first lines of a run
 
@@ -169,7 +170,7 @@ def build(
     check_trains(config, adapters, adapter.method, prepared.train)
     plan = plan_of(config, prepared.train.lengths)
     adapter.method.check_steps(len(plan))
-    decided = written | decide(config, adapter.method, len(plan), loaded)
+    decided = written | decide(config, adapter.method, len(plan))
     if adapter.ready or not fresh:
         tell_method(tell, with_values(config, decided), adapters)
     with doing("planning the memory of a step", shown=progress):
@@ -285,12 +286,12 @@ def choose_recompute(
             f"train.micro_tokens=fit needs a GPU to fit into, and this run is on {loaded.device}",
             hint="set a number, or auto",
         )
-    if fit is not None and cuda and (wish.micro_tokens == "fit" or wish.recompute == "auto"):
+    if fit is not None and cuda and {"auto", "fit"} & {wish.recompute, wish.micro_tokens}:
         return fit(config, loaded, examples, plan)
-    assert isinstance(wish.micro_tokens, int)
+    tokens = usual_tokens(config, loaded.device.type)
     if wish.recompute != "auto":
-        return Choice(wish.recompute, wish.micro_tokens, "as set")
-    return Choice("none", wish.micro_tokens, f"no GPU's memory is planned for on {loaded.device}")
+        return Choice(wish.recompute, tokens, "as set")
+    return Choice("none", tokens, f"no GPU's memory is planned for on {loaded.device}")
 
 
 def put_in_place(choice: Choice, config: RunConfig, loaded: Loaded, adapters: Adapters) -> list[str]:
@@ -307,7 +308,8 @@ def put_in_place(choice: Choice, config: RunConfig, loaded: Loaded, adapters: Ad
 def decided_by(choice: Choice, config: RunConfig) -> dict[str, Any]:
     """The settings that were open and that the choice fills in, by dotted name."""
     decided: dict[str, Any] = {"train.recompute": choice.tier} if config.train.recompute == "auto" else {}
-    return decided | ({"train.micro_tokens": choice.tokens} if config.train.micro_tokens == "fit" else {})
+    is_open = not isinstance(config.train.micro_tokens, int)
+    return decided | ({"train.micro_tokens": choice.tokens} if is_open else {})
 
 
 def see_first(
@@ -412,13 +414,17 @@ def method_defaults(config: RunConfig) -> dict[str, Any]:
     return {key: value for key, value in found.items() if getattr(config, key) == "auto" != value}
 
 
-def decide(config: RunConfig, method: Method, num_steps: int, loaded: Loaded) -> dict[str, Any]:
-    """The values of the settings that are `auto`, by dotted name."""
+def usual_tokens(config: RunConfig, device: str) -> int:
+    """Tokens of a pass on a kind of device, as set or as they are without a plan of its memory."""
+    wish = config.train.micro_tokens
+    return wish if isinstance(wish, int) else GPU_TOKENS if device == "cuda" else CPU_TOKENS
+
+
+def decide(config: RunConfig, method: Method, num_steps: int) -> dict[str, Any]:
+    """The values of the settings that are `auto` and need no plan of memory, by dotted name."""
     decided = method_defaults(config)
     if config.train.learning_rate == "auto":
         decided["train.learning_rate"] = method.learning_rate
-    if config.train.micro_tokens == "auto":
-        decided["train.micro_tokens"] = GPU_TOKENS if loaded.device.type == "cuda" else CPU_TOKENS
     if config.eval.every == "auto":
         decided["eval.every"] = max(1, math.ceil(num_steps / 10))
     if config.train.batch_size is None and config.train.batch_tokens is None:
