@@ -24,6 +24,10 @@ from transformers import (
     Qwen3Config,
 )
 
+from loraloom.adapt import Adapters
+from loraloom.adapter import AdapterSpec
+from loraloom.adapter_io import save_adapter
+
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = [("Ċ", "Ċ"), ("1", "2"), ("Ġ", "t"), ("h", "e"), ("Ġt", "he")]
 TEMPLATE = (
@@ -90,6 +94,35 @@ def folder(path: Path, kind: str = "llama", **options: Any) -> Path:
     model(kind, **options).save_pretrained(path)
     tokenizer().save_pretrained(path)
     return path
+
+
+def deep_folder(path: Path, layers: int, *, shard: int, targets: str | list[str] = "auto") -> str:
+    """A Llama of so many layers of 4.5 MB in shards, and an adapter for it beside it, made without a model in memory.
+
+    shard    bytes
+    targets  target_modules of the adapter, in PATH-adapter
+    """
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=512,
+        intermediate_size=768,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+    )
+    made = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    made.save_pretrained(path, max_shard_size=shard)
+    tokenizer().save_pretrained(path)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    adapters = Adapters(skeleton, device="cpu")
+    adapters.add("default", AdapterSpec(r=2, target_modules=targets))
+    gen = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in adapters.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=gen) / 64)
+    about = {"quantize": "nf4", "dtype": "bfloat16"}
+    save_adapter(adapters, Path(f"{path}-adapter"), base_model=str(path), trained_on=about)
+    return str(path)
 
 
 def permute(weight: np.ndarray, heads: int) -> np.ndarray:

@@ -15,15 +15,14 @@ import peft
 import pytest
 import torch
 import transformers as tf
-from model_folders import tokenizer
+from model_folders import deep_folder
 from peft.tuners.lora.intruders import reduce_intruder_dimension
 from safetensors.torch import load_file, save_file
 from test_quant import written
 from tiny_run import make_model, run_tiny
 
 from loraloom import figures, fold, inspect_page, inspection, methods
-from loraloom.adapt import Adapters, attach
-from loraloom.adapter import AdapterSpec
+from loraloom.adapt import attach
 from loraloom.adapter_io import save_adapter
 from loraloom.analysis import expected_similarity
 from loraloom.cli import run as cli
@@ -570,36 +569,11 @@ print(len(found["layers"]), peak - before)
 """
 
 
-def deep_base(folder: Path, layers: int) -> str:
-    """A Llama of so many layers of 4.5 MB and an adapter on one matrix of each, made without a model in memory."""
-    config = tf.LlamaConfig(
-        vocab_size=300,
-        hidden_size=512,
-        intermediate_size=768,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-    )
-    tf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(
-        folder, max_shard_size=24 << 20
-    )
-    tokenizer().save_pretrained(folder)
-    with torch.device("meta"):
-        skeleton = tf.AutoModelForCausalLM.from_config(config)
-    adapters = Adapters(skeleton, device="cpu")
-    adapters.add("default", AdapterSpec(r=2, target_modules=["up_proj"]))
-    gen = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in adapters.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=gen) / 64)
-    about = {"quantize": "nf4", "dtype": "bfloat16"}
-    save_adapter(adapters, Path(f"{folder}-adapter"), base_model=str(folder), trained_on=about)
-    return str(folder)
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read as Linux tells it")
 def test_the_peak_is_some_matrices_and_not_the_model(tmp_path: Path) -> None:
-    small, large = deep_base(tmp_path / "small", 1), deep_base(tmp_path / "large", 44)
+    up = {"shard": 24 << 20, "targets": ["up_proj"]}
+    small, large = (deep_folder(tmp_path / str(n), n, **up) for n in (1, 44))
     size = sum(path.stat().st_size for path in Path(large).glob("*.safetensors"))
     assert size > 180 << 20
     command = [sys.executable, "-c", MEASURE, small, large]

@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torch
 import transformers as tf
-from model_folders import tokenizer
+from model_folders import deep_folder, tokenizer
 from safetensors.torch import load_file, save_file
 from test_quant import MODELS, bnb_settings, truth, written
 from tiny_run import settings
@@ -23,7 +23,6 @@ from torch import Tensor
 
 from loraloom import api, console, fold, merge_check
 from loraloom.adapt import Adapters, attach
-from loraloom.adapter import AdapterSpec
 from loraloom.adapter_io import save_adapter
 from loraloom.cli import run as cli
 from loraloom.config import ModelConfig
@@ -505,31 +504,9 @@ print(peak - before)
 """
 
 
-def base_of(folder: Path, layers: int) -> str:
-    """A Llama of so many layers of 4.5 MB, and an adapter for it, made without a model in memory."""
-    config = tf.LlamaConfig(
-        vocab_size=300,
-        hidden_size=512,
-        intermediate_size=768,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-    )
-    tf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(
-        folder, max_shard_size=SHARD
-    )
-    tokenizer().save_pretrained(folder)
-    with torch.device("meta"):
-        skeleton = tf.AutoModelForCausalLM.from_config(config)
-    adapters = Adapters(skeleton, device="cpu")
-    adapters.add("default", AdapterSpec(r=2))
-    about = {"quantize": "nf4", "dtype": "bfloat16"}
-    save_adapter(adapters, Path(f"{folder}-adapter"), base_model=str(folder), trained_on=about)
-    return str(folder)
-
-
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read as Linux tells it")
 def test_the_peak_is_a_shard_and_not_the_model(tmp_path: Path) -> None:
-    small, large = base_of(tmp_path / "small", 1), base_of(tmp_path / "large", 44)
+    small, large = (deep_folder(tmp_path / str(n), n, shard=SHARD) for n in (1, 44))
     assert find_weights(Path(large)).bytes > 7 * SHARD
     command = [sys.executable, "-c", MEASURE, small, large, str(SHARD)]
     grown = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
