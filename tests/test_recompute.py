@@ -16,6 +16,7 @@ from tiny import stir
 from tiny_models import causal
 from transformers import LlamaConfig
 
+from loraloom import methods
 from loraloom.adapt import Adapters, attach
 from loraloom.adapter import AdapterSpec
 from loraloom.attention import NAME
@@ -28,11 +29,11 @@ from loraloom.incoming import quantize_model
 from loraloom.memory import Predictor
 from loraloom.nll import nll_sum
 from loraloom.optim import make_optimizer
-from loraloom.packing import pack
+from loraloom.packing import IGNORED, StepPlan, pack
 from loraloom.paging import CudaLanes
 from loraloom.recompute import TIERS, Recomputed, Shelf, apply, fuse
 from loraloom.step import train_step
-from loraloom.workload import assumed
+from loraloom.workload import Measured, assumed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SGD = TrainConfig(optimizer="sgd", momentum=0.0, weight_decay=0.0)
@@ -399,8 +400,9 @@ FIXED = 10_000
 class Predicts:
     """Stands in for memory.Predictor: a pass needs FIXED and PER_TOKEN, and this model cannot do gate_up."""
 
-    def __init__(self, settings: RunConfig, tier: str = "none") -> None:
+    def __init__(self, settings: RunConfig, tier: str = "none", method: str = "lora") -> None:
         self.config, self.tier = settings, tier
+        self.whole = SimpleNamespace(adapter=SimpleNamespace(method=methods.find(method)))
 
     def at(self, tier: str) -> Any:
         if tier not in PER_TOKEN:
@@ -411,16 +413,23 @@ class Predicts:
         return SimpleNamespace(needed=FIXED + tokens * PER_TOKEN[self.tier], parts={})
 
 
-WORK: Any = SimpleNamespace(batches=lambda tokens: tokens, step_tokens=None)
+WORK: Any = SimpleNamespace(batches=lambda tokens: tokens, step_tokens=None, usual_step=None)
 
 
 def config(**changes: Any) -> RunConfig:
     return resolve(None, {"model": "none", "data": "none", "output": "none", **changes})[0]
 
 
+def long_steps(usual: int | None = 8193) -> Any:
+    return SimpleNamespace(full=lambda tokens: tokens, **vars(WORK) | {"usual_step": usual})
+
+
+def stand_in(method: str = "lora", **changes: Any) -> Any:
+    return Predicts(config(**changes), method=method)
+
+
 def chosen(room: int, **changes: Any) -> Any:
-    stand_in: Any = Predicts(config(**changes))
-    return choose(stand_in, WORK, Gpu("a GPU", room))
+    return choose(stand_in(**changes), WORK, Gpu("a GPU", room))
 
 
 def needed(tier: str, tokens: int = 8192) -> int:
@@ -452,23 +461,36 @@ def test_what_is_set_is_taken_and_a_pass_is_fitted_to_it() -> None:
         chosen(needed("offload", 64) - 1, **fit)
 
 
-def test_a_pass_is_longer_where_that_fits_easily_and_a_step_has_the_tokens() -> None:
+def test_a_pass_is_longer_where_that_fits_easily_and_usual_steps_have_the_tokens() -> None:
     room = math.ceil(needed("none", 16384) / 0.9)
-    one = chosen(room)
+    one = choose(stand_in(), long_steps(), Gpu("a GPU", room))
     assert (one.tier, one.tokens) == ("none", 16384)
-    assert "passes of 16,384 fit easily" in one.reason
-    assert chosen(room - 10).tokens == 8192  # it would fit, but tightly
-    one = chosen(math.ceil(needed("full", 16384) / 0.9))
-    assert (one.tier, one.tokens) == ("full", 16384)  # nothing more is computed again for it
-    assert chosen(room, **{"train.recompute": "none"}).tokens == 16384
-    for less in (
-        {"train.recompute": "full"},
-        {"train.micro_tokens": 8192},
-    ):  # who asks for less memory gets it
-        assert chosen(room, **less).tokens == 8192
-    for step, tokens in ((8192, 8192), (8193, 16384)):
-        work: Any = SimpleNamespace(batches=WORK.batches, step_tokens=step)
-        assert choose(Predicts(config()), work, Gpu("a GPU", room)).tokens == tokens  # type: ignore[arg-type]
+    assert "one of 16,384 fits easily" in one.reason
+    assert choose(stand_in(), long_steps(8192), Gpu("a GPU", room)).tokens == 8192
+    assert choose(stand_in(), long_steps(None), Gpu("a GPU", room)).tokens == 8192
+    assert (
+        choose(stand_in(), long_steps(), Gpu("a GPU", room - 10)).tokens == 8192
+    )  # it would fit, but tightly
+    assert choose(stand_in(), long_steps(), Gpu("a GPU", needed("full", 16384) * 2)).tokens == 8192
+    for tier in ("none", "full"):  # who says what is kept has planned for the usual pass
+        asked = stand_in(**{"train.recompute": tier})
+        assert choose(asked, long_steps(), Gpu("a GPU", room)).tokens == 8192
+    assert choose(stand_in(**{"train.micro_tokens": 8000}), long_steps(), Gpu("a GPU", room)).tokens == 8000
+    assert choose(stand_in("eva"), long_steps(), Gpu("a GPU", room)).tokens == 8192
+    assert choose(stand_in("loftq"), long_steps(), Gpu("a GPU", room)).tokens == 16384
+
+
+def test_a_longer_pass_is_planned_full_whatever_the_steps_that_were_looked_at_hold() -> None:
+    lengths = torch.tensor([100] * 3000 + [4096] * 25)
+    examples: Any = [
+        Example([1] * n, [IGNORED] + [1] * (n - 1), str(i)) for i, n in enumerate(lengths.tolist())
+    ]
+    steps = StepPlan(lengths, batch_size=32, seed=1)
+    work = Measured(examples, steps, packing=True)
+    assert work.usual_step == 3200
+    packed = [pack([examples[i] for i in step], micro_tokens=16384, packing=True, pad_id=0) for step in steps]
+    heaviest = max(batch.ids.numel() for batches in packed for batch in batches)
+    assert work.batches(16384)[0].ids.numel() < heaviest <= work.full(16384)[0].ids.numel()
 
 
 def test_what_cannot_be_predicted_is_not_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:

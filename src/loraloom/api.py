@@ -294,8 +294,7 @@ def fit_beside_the_model(config: RunConfig, loaded: Loaded, examples: Examples, 
     except UserError as error:
         if config.train.micro_tokens == "fit":
             raise
-        tier = "none" if config.train.recompute == "auto" else config.train.recompute
-        return Choice(tier, usual_tokens(config, loaded.device.type), error.message)
+        return Choice("none", usual_tokens(config, loaded.device.type), error.message)
     return choose(predictor, work, replace(gpu, bytes=gpu.bytes + held))
 
 

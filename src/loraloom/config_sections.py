@@ -142,8 +142,9 @@ class TrainConfig(Section):
     )
     micro_tokens: Positive | Literal["auto", "fit"] = Field(
         "auto",
-        description="tokens per forward pass; changes memory and speed, not the result; auto: 8,192 on a GPU, 16,384 "
-        "where `loraloom plan` says that they fit easily, 2,048 on a CPU; fit: the most that fit",
+        description="tokens per forward pass; changes memory and speed, not the result; auto: 2,048 on a CPU, 8,192 "
+        "on a GPU, 16,384 where usual steps are longer than 8,192 and train.recompute=auto finds that 16,384 take at "
+        "most 90 % of the GPU with nothing computed again; fit: the most that `loraloom plan` says the GPU holds",
     )
     optimizer: Literal["adamw", "adamw8bit", "sgd"] = Field(
         "adamw", description="adamw8bit keeps AdamW's moments in 8 bits"
@@ -166,7 +167,7 @@ class TrainConfig(Section):
     compile: bool = Field(False, description="torch.compile for the decoder layers that are not fused")
     graphs: bool | Auto = Field(
         "auto",
-        description="replay passes as one CUDA graph each; auto: of up to 2,048 tokens, or of 16,384 where nothing "
+        description="replay passes as one CUDA graph each; auto: of up to 2,048 tokens, or of 8,192 where nothing "
         "need be added to them, and where the run allows it",
     )
     seed: int = Field(0, description="of the initial adapter, the order of the data and dropout")

@@ -112,18 +112,18 @@ def least_recompute(predictor: Predictor, work: Workload, tokens: int, gpu: Gpu)
     return name, f"the smallest, and it needs {needed / 1e9:.1f} of the {room}"
 
 
-def longer_pass(predictor: Predictor, name: str, work: Workload, gpu: Gpu) -> int | None:
-    """What a pass of LONG_TOKENS needs; None if no step has so many tokens, or memory would be tight.
+def longer_pass(predictor: Predictor, work: Workload, gpu: Gpu) -> int | None:
+    """What a full pass of LONG_TOKENS needs; None if usual steps have no use for it, or memory would be tight.
 
     The host launches a pass in the same time however long it is, and products of more rows leave fewer processors
-    idle (docs/speed.md, lengths like Alpaca's: 5 % in bf16, 23 % from NF4).
+    idle (docs/speed.md, lengths like Alpaca's). Methods that start from batches see the same ones on every GPU.
     """
-    if work.step_tokens is not None and work.step_tokens <= GPU_TOKENS:
+    usual = work.usual_step
+    if usual is None or usual <= GPU_TOKENS:
         return None
-    try:
-        needed = predictor.at(name).predict(work.batches(LONG_TOKENS)).needed
-    except UserError:
-        return None  # least_recompute has said why, or whoever recomputes will
+    if predictor.whole.adapter.method.needs not in (None, "originals"):
+        return None
+    needed = predictor.at("none").predict(work.full(LONG_TOKENS)).needed
     return needed if needed <= EASILY * gpu.bytes else None
 
 
@@ -140,11 +140,11 @@ def choose(predictor: Predictor, work: Workload, gpu: Gpu, *, fit: bool = False)
     reason = "as set"
     if wish.recompute == "auto":
         name, reason = least_recompute(predictor, work, tokens, gpu)
-    if wish.micro_tokens == "auto" and wish.recompute in ("auto", "none") and not fit:
-        needs = longer_pass(predictor, name, work, gpu)
-        if needs is not None:
-            tokens = LONG_TOKENS
-            reason = f"{reason}; passes of {tokens:,} fit easily, with {needs / 1e9:.1f} GB"
+        if name == "none" and wish.micro_tokens == "auto" and not fit:
+            needs = longer_pass(predictor, work, gpu)
+            if needs is not None:
+                tokens = LONG_TOKENS
+                reason = f"{reason}; one of {tokens:,} fits easily, with {needs / 1e9:.1f}"
     if fit or wish.micro_tokens == "fit":
         predictor = predictor.at(name)
         found = largest_pass(predictor, work, gpu.bytes)

@@ -36,7 +36,9 @@ from .nll import why_whole_logits
 from .packing import Batch
 from .step import accumulate
 
-MOST = 16384  # tokens of a pass that `auto` records if nothing need be added to it
+MOST = (
+    8192  # tokens of a pass that `auto` records if nothing need be added to it: longer ones keep a GPU busy
+)
 KEPT = 16  # graphs at once
 WORTH = 4  # replays that a graph takes to pay for its recording
 WARM = 3  # passes before the first recording; one before others

@@ -6,7 +6,8 @@ Memory depends on the rows of a batch, their length, whether documents share the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import median
 from typing import Protocol
 
 from .config import RunConfig
@@ -23,8 +24,15 @@ class Workload(Protocol):
     def step_tokens(self) -> int | None:
         """Most tokens that one optimizer step can use; None if unknown."""
 
+    @property
+    def usual_step(self) -> int | None:
+        """Tokens of the median step; None if unknown."""
+
     def batches(self, micro_tokens: int) -> list[Batch]:
         """The heaviest micro-batch, twice if a step may have several."""
+
+    def full(self, micro_tokens: int) -> list[Batch]:
+        """A micro-batch as full as any can be, whether or not a step that was looked at has one; twice."""
 
     def words(self, micro_tokens: int) -> str:
         """What a pass holds."""
@@ -77,6 +85,13 @@ class Assumed:
         whole_step = self.step_tokens is not None and self.step_tokens <= count * length
         return [made] if whole_step else [made, made]
 
+    @property
+    def usual_step(self) -> int | None:
+        return self.step_tokens
+
+    def full(self, micro_tokens: int) -> list[Batch]:
+        return replace(self, step_tokens=None).batches(micro_tokens)
+
     def words(self, micro_tokens: int) -> str:
         count, length = self.rows(micro_tokens)
         packed = ", two documents each" if self.packing else ""
@@ -87,6 +102,7 @@ class Measured:
     """The batches that the run's own examples are packed into."""
 
     step_tokens: int | None
+    usual_step: int | None
 
     def __init__(self, examples: Examples, plan: StepPlan, *, packing: bool) -> None:
         self.packing = packing
@@ -96,12 +112,19 @@ class Measured:
         if not any(longest in step for step in steps):
             steps.append([longest, *steps[0][1:]])
         self.steps: list[Sequence[Example]] = [[examples[i] for i in step] for step in steps]
-        self.step_tokens = max(sum(len(one.ids) for one in step) for step in self.steps) * 2  # with padding
+        sizes = [sum(len(one.ids) for one in step) for step in self.steps]
+        self.step_tokens, self.usual_step = max(sizes) * 2, int(median(sizes))  # with padding, and without
 
     def batches(self, micro_tokens: int) -> list[Batch]:
         packed = [pack(s, micro_tokens=micro_tokens, packing=self.packing, pad_id=0) for s in self.steps]
         heaviest = max((one for step in packed for one in step), key=weight)
         return [heaviest] * (2 if any(len(step) > 1 for step in packed) else 1)
+
+    def full(self, micro_tokens: int) -> list[Batch]:
+        together = [one for step in self.steps for one in step]
+        return [
+            max(pack(together, micro_tokens=micro_tokens, packing=self.packing, pad_id=0), key=weight)
+        ] * 2
 
     def words(self, micro_tokens: int) -> str:
         made = self.batches(micro_tokens)[0]

@@ -286,7 +286,7 @@ def choose_recompute(
             f"train.micro_tokens=fit needs a GPU to fit into, and this run is on {loaded.device}",
             hint="set a number, or auto",
         )
-    if fit is not None and cuda and {"auto", "fit"} & {wish.recompute, wish.micro_tokens}:
+    if fit is not None and cuda and (wish.micro_tokens == "fit" or wish.recompute == "auto"):
         return fit(config, loaded, examples, plan)
     tokens = usual_tokens(config, loaded.device.type)
     if wish.recompute != "auto":
