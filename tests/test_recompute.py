@@ -23,7 +23,7 @@ from loraloom.attention import NAME
 from loraloom.config import RunConfig, TrainConfig, resolve
 from loraloom.data import Example
 from loraloom.errors import UserError
-from loraloom.fit import Gpu, choose, tiers
+from loraloom.fit import EASILY, Gpu, choose, tiers
 from loraloom.frozen import Frozen
 from loraloom.incoming import quantize_model
 from loraloom.memory import Predictor
@@ -31,9 +31,10 @@ from loraloom.nll import nll_sum
 from loraloom.optim import make_optimizer
 from loraloom.packing import IGNORED, StepPlan, pack
 from loraloom.paging import CudaLanes
-from loraloom.recompute import TIERS, Recomputed, Shelf, apply, fuse
+from loraloom.recompute import TIERS, Choice, Recomputed, Shelf, apply, fuse
 from loraloom.step import train_step
 from loraloom.workload import Measured, assumed
+from loraloom.workshop import choose_recompute, decided_by
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SGD = TrainConfig(optimizer="sgd", momentum=0.0, weight_decay=0.0)
@@ -421,7 +422,7 @@ def config(**changes: Any) -> RunConfig:
 
 
 def long_steps(usual: int | None = 8193) -> Any:
-    return SimpleNamespace(full=lambda tokens: tokens, **vars(WORK) | {"usual_step": usual})
+    return SimpleNamespace(fullest=lambda tokens: [tokens], **vars(WORK) | {"usual_step": usual})
 
 
 def stand_in(method: str = "lora", **changes: Any) -> Any:
@@ -480,17 +481,58 @@ def test_a_pass_is_longer_where_that_fits_easily_and_usual_steps_have_the_tokens
     assert choose(stand_in("loftq"), long_steps(), Gpu("a GPU", room)).tokens == 16384
 
 
-def test_a_longer_pass_is_planned_full_whatever_the_steps_that_were_looked_at_hold() -> None:
-    lengths = torch.tensor([100] * 3000 + [4096] * 25)
-    examples: Any = [
-        Example([1] * n, [IGNORED] + [1] * (n - 1), str(i)) for i, n in enumerate(lengths.tolist())
-    ]
-    steps = StepPlan(lengths, batch_size=32, seed=1)
-    work = Measured(examples, steps, packing=True)
-    assert work.usual_step == 3200
-    packed = [pack([examples[i] for i in step], micro_tokens=16384, packing=True, pad_id=0) for step in steps]
-    heaviest = max(batch.ids.numel() for batches in packed for batch in batches)
-    assert work.batches(16384)[0].ids.numel() < heaviest <= work.full(16384)[0].ids.numel()
+MIXED = (
+    torch.randn(2000, generator=torch.Generator().manual_seed(0)).mul(1.2).add(5).exp().clamp(16, 4096).int()
+)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "sizes"),
+    [
+        ([100] * 8000 + [9000] * 4, {"batch_tokens": 16384}),  # of which one row holds no second
+        ([100] * 8000 + [8200] * 4, {"batch_size": 128}),
+        (
+            [100] * 3000 + [4096] * 25,
+            {"batch_size": 128},
+        ),  # more of them in a later step than in those looked at
+        (MIXED.tolist(), {"batch_size": 32}),  # long documents of many lengths take more than equal ones
+    ],
+)
+def test_no_step_of_a_run_takes_much_more_than_the_longer_pass_that_was_planned(
+    lengths: list[int], sizes: dict[str, int]
+) -> None:
+    examples: Any = [Example([1] * n, [IGNORED] + [1] * (n - 1), str(i)) for i, n in enumerate(lengths)]
+    steps = StepPlan(lengths, seed=1, **sizes)
+    work, passes = (
+        Measured(examples, steps, packing=True),
+        {"micro_tokens": 16384, "packing": True, "pad_id": 0},
+    )
+    shape = LlamaConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=2)
+    predictor = Predictor(config(**{"train.fast": True, "model.dtype": "bfloat16"}), shape)
+    most = max(predictor.predict(made).allocated for made in work.fullest(16384))
+    every = [made for step in steps for made in pack([examples[i] for i in step], **passes)]  # type: ignore[arg-type]
+    heaviest = sorted(every, key=lambda made: made.ids.numel())[-20:]
+    assert max(predictor.predict([made] * 2).allocated for made in heaviest) <= most / EASILY
+
+
+def test_the_plan_of_memory_is_asked_where_the_settings_leave_something_open() -> None:
+    asked: list[RunConfig] = []
+
+    def fit(one: RunConfig, *_: Any) -> Choice:
+        asked.append(one)
+        return Choice("none", 16384, "it fits")
+
+    gpu: Any = SimpleNamespace(device=torch.device("cuda"))
+    known = config(**{"train.recompute": "full"})
+    assert choose_recompute(known, gpu, [], [], fit).tokens == 8192  # type: ignore[arg-type]
+    assert choose_recompute(known, gpu, [], [], fit).reason == "as set"  # type: ignore[arg-type]
+    assert not asked
+    one = choose_recompute(config(), gpu, [], [], fit)  # type: ignore[arg-type]
+    assert decided_by(one, config()) == {"train.recompute": "none", "train.micro_tokens": 16384}
+    assert decided_by(one, config(**{"train.micro_tokens": 500})) == {"train.recompute": "none"}
+    cpu: Any = SimpleNamespace(device=torch.device("cpu"))
+    assert choose_recompute(config(), cpu, [], [], fit).tokens == 2048  # type: ignore[arg-type]
+    assert len(asked) == 1
 
 
 def test_what_cannot_be_predicted_is_not_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -498,8 +540,9 @@ def test_what_cannot_be_predicted_is_not_recomputed(monkeypatch: pytest.MonkeyPa
         raise UserError("the memory of X cannot be predicted")
 
     monkeypatch.setattr(Predicts, "predict", refuse)
-    one = chosen(10**9)
-    assert (one.tier, one.reason) == ("none", "the memory of X cannot be predicted")
+    for work in (WORK, long_steps()):
+        one = choose(stand_in(), work, Gpu("a GPU", 10**9))
+        assert (one.tier, one.tokens, one.reason) == ("none", 8192, "the memory of X cannot be predicted")
 
 
 def test_what_the_model_cannot_is_left_out_with_the_reason() -> None:

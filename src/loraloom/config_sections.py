@@ -143,8 +143,9 @@ class TrainConfig(Section):
     micro_tokens: Positive | Literal["auto", "fit"] = Field(
         "auto",
         description="tokens per forward pass; changes memory and speed, not the result; auto: 2,048 on a CPU, 8,192 "
-        "on a GPU, 16,384 where usual steps are longer than 8,192 and train.recompute=auto finds that 16,384 take at "
-        "most 90 % of the GPU with nothing computed again; fit: the most that `loraloom plan` says the GPU holds",
+        "on a GPU, 16,384 where usual steps are longer than 8,192, train.recompute=auto predicts that 16,384 take at "
+        "most 90 % of the GPU with nothing computed again, and the method does not start from batches; fit: the most "
+        "that `loraloom plan` says the GPU holds",
     )
     optimizer: Literal["adamw", "adamw8bit", "sgd"] = Field(
         "adamw", description="adamw8bit keeps AdamW's moments in 8 bits"

@@ -113,18 +113,25 @@ def least_recompute(predictor: Predictor, work: Workload, tokens: int, gpu: Gpu)
 
 
 def longer_pass(predictor: Predictor, work: Workload, gpu: Gpu) -> int | None:
-    """What a full pass of LONG_TOKENS needs; None if usual steps have no use for it, or memory would be tight.
+    """The most that a pass of LONG_TOKENS needs; None if usual steps have no use for it, or memory would be tight.
 
     The host launches a pass in the same time however long it is, and products of more rows leave fewer processors
     idle (docs/speed.md, lengths like Alpaca's). Methods that start from batches see the same ones on every GPU.
     """
-    usual = work.usual_step
+    usual, most = work.usual_step, 0
     if usual is None or usual <= GPU_TOKENS:
         return None
     if predictor.whole.adapter.method.needs not in (None, "originals"):
         return None
-    needed = predictor.at("none").predict(work.full(LONG_TOKENS)).needed
-    return needed if needed <= EASILY * gpu.bytes else None
+    try:
+        kept = predictor.at("none")
+        for batches in work.fullest(LONG_TOKENS):
+            most = max(most, kept.predict(batches).needed)
+            if most > EASILY * gpu.bytes:
+                return None
+    except UserError:
+        return None  # least_recompute has said why
+    return most
 
 
 def choose(predictor: Predictor, work: Workload, gpu: Gpu, *, fit: bool = False) -> Choice:
@@ -144,7 +151,7 @@ def choose(predictor: Predictor, work: Workload, gpu: Gpu, *, fit: bool = False)
             needs = longer_pass(predictor, work, gpu)
             if needs is not None:
                 tokens = LONG_TOKENS
-                reason = f"{reason}; one of {tokens:,} fits easily, with {needs / 1e9:.1f}"
+                reason = f"{reason}; one of {tokens:,} fits easily, with at most {needs / 1e9:.1f}"
     if fit or wish.micro_tokens == "fit":
         predictor = predictor.at(name)
         found = largest_pass(predictor, work, gpu.bytes)

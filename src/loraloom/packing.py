@@ -15,6 +15,8 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
+from itertools import islice
+from statistics import median
 from typing import Protocol
 
 import torch
@@ -317,6 +319,11 @@ class StepPlan:
         self.starts = [0]  # the first step of each epoch looked at, and of the next
         self.cached: tuple[int, list[list[int]]] = (-1, [])
         self.steps = max_steps if max_steps is not None else self.steps_in(epochs)
+
+    @property
+    def usual(self) -> int:
+        """Tokens of the median of the first hundred steps."""
+        return int(median(sum(self.lengths[i] for i in step) for step in islice(self, 100)))
 
     def steps_in(self, epochs: float) -> int:
         """Steps of so many epochs, of which the last may be a part; at least one."""

@@ -5,15 +5,16 @@ Memory depends on the rows of a batch, their length, whether documents share the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from statistics import median
 from typing import Protocol
 
 from .config import RunConfig
 from .data import Examples
 from .packing import DEFAULT_BATCH, IGNORED, Batch, Example, StepPlan, batch, pack, row_length_for
 
+MIXES = 6  # full passes that are tried for the one that needs most
+LONG = 512  # tokens of a document that attention may take by itself
 LOOKED_AT = 40  # steps whose batches are packed to find the heaviest, beside the one with the longest example
 
 
@@ -26,13 +27,13 @@ class Workload(Protocol):
 
     @property
     def usual_step(self) -> int | None:
-        """Tokens of the median step; None if unknown."""
+        """Tokens of a usual step, or the most it can have where there is no data; None if unknown."""
 
     def batches(self, micro_tokens: int) -> list[Batch]:
         """The heaviest micro-batch, twice if a step may have several."""
 
-    def full(self, micro_tokens: int) -> list[Batch]:
-        """A micro-batch as full as any can be, whether or not a step that was looked at has one; twice."""
+    def fullest(self, micro_tokens: int) -> Iterator[list[Batch]]:
+        """Micro-batches as full as any, each twice: of mixes of documents, since memory depends on the mix."""
 
     def words(self, micro_tokens: int) -> str:
         """What a pass holds."""
@@ -89,8 +90,8 @@ class Assumed:
     def usual_step(self) -> int | None:
         return self.step_tokens
 
-    def full(self, micro_tokens: int) -> list[Batch]:
-        return replace(self, step_tokens=None).batches(micro_tokens)
+    def fullest(self, micro_tokens: int) -> Iterator[list[Batch]]:
+        yield replace(self, step_tokens=None).batches(micro_tokens)
 
     def words(self, micro_tokens: int) -> str:
         count, length = self.rows(micro_tokens)
@@ -112,25 +113,34 @@ class Measured:
         if not any(longest in step for step in steps):
             steps.append([longest, *steps[0][1:]])
         self.steps: list[Sequence[Example]] = [[examples[i] for i in step] for step in steps]
-        sizes = [sum(len(one.ids) for one in step) for step in self.steps]
-        self.step_tokens, self.usual_step = max(sizes) * 2, int(median(sizes))  # with padding, and without
+        self.step_tokens = max(sum(len(one.ids) for one in step) for step in self.steps) * 2  # with padding
+        self.usual_step = plan.usual
 
     def batches(self, micro_tokens: int) -> list[Batch]:
         packed = [pack(s, micro_tokens=micro_tokens, packing=self.packing, pad_id=0) for s in self.steps]
         heaviest = max((one for step in packed for one in step), key=weight)
         return [heaviest] * (2 if any(len(step) > 1 for step in packed) else 1)
 
-    def full(self, micro_tokens: int) -> list[Batch]:
+    def fullest(self, micro_tokens: int) -> Iterator[list[Batch]]:
+        """Of the steps that were looked at, and of all their examples together."""
         together = [one for step in self.steps for one in step]
-        return [
-            max(pack(together, micro_tokens=micro_tokens, packing=self.packing, pad_id=0), key=weight)
-        ] * 2
+        for steps in (self.steps, [together]):
+            packed = [pack(s, micro_tokens=micro_tokens, packing=self.packing, pad_id=0) for s in steps]
+            every = [one for step in packed for one in step]
+            for made in sorted(every, key=room, reverse=True)[:MIXES]:
+                yield [made] * 2
 
     def words(self, micro_tokens: int) -> str:
         made = self.batches(micro_tokens)[0]
         rows, length = made.ids.shape
         share = made.targets / made.ids.numel()
         return f"the heaviest has {rows} {'row' if rows == 1 else 'rows'} of {length:,} tokens; {share:.0%} carry loss"
+
+
+def room(made: Batch) -> tuple[int, int]:
+    """An order by memory: of long documents each length may have an attention call, and copies, of its own."""
+    lengths = {stop - start for _, start, stop in made.spans}
+    return made.ids.numel(), sum(length for length in lengths if length >= LONG)
 
 
 def weight(made: Batch) -> tuple[int, int]:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -266,8 +265,7 @@ def choose_graphs(
     raises  UserError if they are asked for and cannot be
     """
     assert isinstance(config.train.micro_tokens, int)
-    steps = [sum(plan.lengths[i] for i in step) for step in islice(plan, 100)]
-    tokens = min(config.train.micro_tokens, int(median(steps)))
+    tokens = min(config.train.micro_tokens, plan.usual)
     why = graph_reason(adapters, config, loaded.model, loaded.device, fitted=fitted)
     graphs, words = make_graphs(config.train.graphs, why, loaded.device, pad_id=loaded.pad_id, tokens=tokens)
     return graphs, f"{'on' if graphs else 'off'}: {words}"
