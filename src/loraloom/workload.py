@@ -127,7 +127,7 @@ class Measured:
         for steps in (self.steps, [together]):
             packed = [pack(s, micro_tokens=micro_tokens, packing=self.packing, pad_id=0) for s in steps]
             every = [one for step in packed for one in step]
-            for made in sorted(every, key=room, reverse=True)[:MIXES]:
+            for made in sorted(every, key=weight, reverse=True)[:MIXES]:
                 yield [made] * 2
 
     def words(self, micro_tokens: int) -> str:
@@ -137,14 +137,10 @@ class Measured:
         return f"the heaviest has {rows} {'row' if rows == 1 else 'rows'} of {length:,} tokens; {share:.0%} carry loss"
 
 
-def room(made: Batch) -> tuple[int, int]:
+def weight(made: Batch) -> tuple[int, int, int]:
     """An order by memory: of long documents each length may have an attention call, and copies, of its own."""
     lengths = {stop - start for _, start, stop in made.spans}
-    return made.ids.numel(), sum(length for length in lengths if length >= LONG)
-
-
-def weight(made: Batch) -> tuple[int, int]:
-    return made.ids.numel(), made.targets
+    return made.ids.numel(), sum(length for length in lengths if length >= LONG), made.targets
 
 
 def assumed(config: RunConfig, context: int, longest: int | None = None) -> Assumed:
