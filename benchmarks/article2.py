@@ -18,7 +18,6 @@ import os
 import statistics
 import subprocess
 import time
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -80,11 +79,6 @@ class Steps:
 
     def pack(self, number: int, micro_tokens: int) -> list[Batch]:
         return pack(self.steps[number], micro_tokens=micro_tokens, packing=self.packing, pad_id=0)
-
-    usual_step = None  # its passes are fitted or set
-
-    def fullest(self, micro_tokens: int) -> Iterator[list[Batch]]:
-        yield self.batches(micro_tokens)
 
     def batches(self, micro_tokens: int) -> list[Batch]:
         every = [one for number in range(len(self.steps)) for one in self.pack(number, micro_tokens)]

@@ -2,9 +2,10 @@
 
     python benchmarks/step_profile.py --rank 16 --targets all --batch 4 --checkpoint off --variants "none;nf4"
 
-Takes the arguments of benchmarks/peers/loraloom_bench.py. After a warm-up, torch.profiler looks at --profiled steps;
-its trace is grouped by kernel names and, for matrix products, by the shapes of the operation that launched them. What
-no pattern knows stands in `other`, with its longest names. Idle is time within the steps in which no kernel runs.
+Takes the arguments of benchmarks/peers/loraloom_bench.py, but without CUDA graphs unless they are asked for: replayed
+products tell no shapes. After a warm-up, torch.profiler looks at --profiled steps; its trace is grouped by kernel names
+and, for matrix products, by the shapes of the operation that launched them. What no pattern knows stands in `other`,
+with its longest names. Idle is time within the steps in which no kernel runs.
 """
 
 from __future__ import annotations
@@ -164,6 +165,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     import loraloom_bench
 
     p = loraloom_bench.parser()
+    p.set_defaults(graphs="off")
     p.add_argument("--profiled", type=int, default=3, help="steps that the profiler looks at")
     p.add_argument("--commit", default="", help="where there is no repository to ask")
     p.add_argument("--out", default=str(OUT))

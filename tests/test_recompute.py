@@ -469,9 +469,8 @@ def test_a_pass_is_longer_where_that_fits_easily_and_usual_steps_have_the_tokens
     assert "one of 16,384 fits easily" in one.reason
     assert choose(stand_in(), long_steps(8192), Gpu("a GPU", room)).tokens == 8192
     assert choose(stand_in(), long_steps(None), Gpu("a GPU", room)).tokens == 8192
-    assert (
-        choose(stand_in(), long_steps(), Gpu("a GPU", room - 10)).tokens == 8192
-    )  # it would fit, but tightly
+    tight = choose(stand_in(), long_steps(), Gpu("a GPU", room - 10))
+    assert tight.tokens == 8192
     assert choose(stand_in(), long_steps(), Gpu("a GPU", needed("full", 16384) * 2)).tokens == 8192
     for tier in ("none", "full"):  # who says what is kept has planned for the usual pass
         asked = stand_in(**{"train.recompute": tier})
@@ -481,9 +480,8 @@ def test_a_pass_is_longer_where_that_fits_easily_and_usual_steps_have_the_tokens
     assert choose(stand_in("loftq"), long_steps(), Gpu("a GPU", room)).tokens == 16384
 
 
-MIXED = (
-    torch.randn(2000, generator=torch.Generator().manual_seed(0)).mul(1.2).add(5).exp().clamp(16, 4096).int()
-)
+NORMAL = torch.randn(2000, generator=torch.Generator().manual_seed(0))
+MIXED = (5 + 1.2 * NORMAL).exp().clamp(16, 4096).int().tolist()
 
 
 @pytest.mark.parametrize(
@@ -491,11 +489,8 @@ MIXED = (
     [
         ([100] * 8000 + [9000] * 4, {"batch_tokens": 16384}),  # of which one row holds no second
         ([100] * 8000 + [8200] * 4, {"batch_size": 128}),
-        (
-            [100] * 3000 + [4096] * 25,
-            {"batch_size": 128},
-        ),  # more of them in a later step than in those looked at
-        (MIXED.tolist(), {"batch_size": 32}),  # long documents of many lengths take more than equal ones
+        ([100] * 3000 + [4096] * 25, {"batch_size": 128}),  # a later step may have more of them
+        (MIXED, {"batch_size": 32}),  # long documents of many lengths take more than equal ones
     ],
 )
 def test_no_step_of_a_run_takes_much_more_than_the_longer_pass_that_was_planned(
@@ -503,14 +498,12 @@ def test_no_step_of_a_run_takes_much_more_than_the_longer_pass_that_was_planned(
 ) -> None:
     examples: Any = [Example([1] * n, [IGNORED] + [1] * (n - 1), str(i)) for i, n in enumerate(lengths)]
     steps = StepPlan(lengths, seed=1, **sizes)
-    work, passes = (
-        Measured(examples, steps, packing=True),
-        {"micro_tokens": 16384, "packing": True, "pad_id": 0},
-    )
+    work = Measured(examples, steps, packing=True)
     shape = LlamaConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=2)
     predictor = Predictor(config(**{"train.fast": True, "model.dtype": "bfloat16"}), shape)
     most = max(predictor.predict(made).allocated for made in work.fullest(16384))
-    every = [made for step in steps for made in pack([examples[i] for i in step], **passes)]  # type: ignore[arg-type]
+    taken = work.packed([[examples[i] for i in step] for step in steps], 16384)
+    every = [made for step in taken for made in step]
     heaviest = sorted(every, key=lambda made: made.ids.numel())[-20:]
     assert max(predictor.predict([made] * 2).allocated for made in heaviest) <= most / EASILY
 

@@ -41,7 +41,7 @@ from .recompute import Choice
 from .rundir import Run
 from .step import accumulate
 from .task import Listen, Task
-from .workshop import Fit, Workshop, check_biases, decide, plan_of, spec_of, usual_tokens
+from .workshop import Fit, Workshop, check_biases, decide, decided_by, plan_of, spec_of, usual_tokens
 
 NOT_HERE: Mapping[str, tuple[Callable[[Any], bool], str]] = {  # when a setting is wrong, and why
     "train.fast": (lambda on: on is True, "fused layers are those of causal models"),
@@ -100,9 +100,8 @@ def build(
     plan = plan_of(config, prepared.train.lengths)
     adapter.method.check_steps(len(plan))
     decided |= decide(config, adapter.method, len(plan))
-    if config.train.micro_tokens == "auto":
-        decided["train.micro_tokens"] = usual_tokens(config, loaded.device.type)
-    decided |= {"train.recompute": "none"} if config.train.recompute == "auto" else {}
+    kept = Choice("none", usual_tokens(config, loaded.device.type), "only decoder layers are computed again")
+    decided |= decided_by(kept, config)
     decided |= {"data.packing": False} if config.data.packing else {}
     adapter.ready = True
     adapters.train()
@@ -110,7 +109,8 @@ def build(
     tell_method(tell, config, adapters)
     assert config.train.learning_rate != "auto"
     optimizer = make_optimizer(adapters.groups(config.train.learning_rate), config.train)
-    return Workshop(config, loaded, adapters, prepared, optimizer, plan, decided, in_words(loaded, labels))
+    words = in_words(loaded, labels, kept)
+    return Workshop(config, loaded, adapters, prepared, optimizer, plan, decided, words)
 
 
 def planned(config: RunConfig, model: Any) -> RunConfig:
@@ -172,15 +172,14 @@ def best_of(config: RunConfig, labels: Labels) -> str:
     return wanted
 
 
-def in_words(loaded: Loaded, labels: Labels) -> dict[str, str]:
+def in_words(loaded: Loaded, labels: Labels, kept: Choice) -> dict[str, str]:
     """What computes a step of this run."""
-    choice = Choice("none", 0, "only decoder layers are computed again")
     return {
         "kernels": ": ".join(path_of(loaded.device)),
         "attention": loaded.attention,
         "layers": "the model's own code",
         "loss": "squared error" if labels.numbers else "cross-entropy of the classes",
-        "recompute": f"{choice.tier}: {choice.reason}",
+        "recompute": f"{kept.tier}: {kept.reason}",
         "graphs": "off: rows with labels are not packed",
     }
 

@@ -36,9 +36,7 @@ from .nll import why_whole_logits
 from .packing import Batch
 from .step import accumulate
 
-MOST = (
-    8192  # tokens of a pass that `auto` records if nothing need be added to it: longer ones keep a GPU busy
-)
+MOST = 8192  # tokens of a pass that `auto` records if it need not be padded: longer ones keep a GPU busy
 KEPT = 16  # graphs at once
 WORTH = 4  # replays that a graph takes to pay for its recording
 WARM = 3  # passes before the first recording; one before others

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from heapq import nlargest
+from itertools import chain
 from typing import Protocol
 
 from .config import RunConfig
@@ -117,18 +119,19 @@ class Measured:
         self.usual_step = plan.usual
 
     def batches(self, micro_tokens: int) -> list[Batch]:
-        packed = [pack(s, micro_tokens=micro_tokens, packing=self.packing, pad_id=0) for s in self.steps]
-        heaviest = max((one for step in packed for one in step), key=weight)
+        packed = self.packed(self.steps, micro_tokens)
+        heaviest = max(chain(*packed), key=weight)
         return [heaviest] * (2 if any(len(step) > 1 for step in packed) else 1)
 
     def fullest(self, micro_tokens: int) -> Iterator[list[Batch]]:
         """Of the steps that were looked at, and of all their examples together."""
         together = [one for step in self.steps for one in step]
         for steps in (self.steps, [together]):
-            packed = [pack(s, micro_tokens=micro_tokens, packing=self.packing, pad_id=0) for s in steps]
-            every = [one for step in packed for one in step]
-            for made in sorted(every, key=weight, reverse=True)[:MIXES]:
+            for made in nlargest(MIXES, chain(*self.packed(steps, micro_tokens)), key=weight):
                 yield [made] * 2
+
+    def packed(self, steps: Sequence[Sequence[Example]], micro_tokens: int) -> list[list[Batch]]:
+        return [pack(step, micro_tokens=micro_tokens, packing=self.packing, pad_id=0) for step in steps]
 
     def words(self, micro_tokens: int) -> str:
         made = self.batches(micro_tokens)[0]

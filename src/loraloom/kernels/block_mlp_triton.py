@@ -21,19 +21,9 @@ from .block_tiles_triton import in_tile, low_args, out_tile, roomy, thin_tile
 # Schedules, no part of the result: the best of some twenty each at 7B shapes on an H100.
 FORWARD: dict[str, Any] = {"BM": 32, "BN": 64, "STAGES": 2, "num_warps": 4}
 GRAD: dict[str, Any] = {"BM": 16, "BN": 128, "STAGES": 3, "num_warps": 4}
-GRAD_64: dict[str, Any] = {
-    "BM": 32,
-    "BN": 64,
-    "STAGES": 3,
-    "num_warps": 4,
-}  # sums of 64 ranks fill the registers
+GRAD_64: dict[str, Any] = {"BM": 32, "BN": 64, "STAGES": 3, "num_warps": 4}  # their sums fill the registers
 SMALL: dict[str, Any] = {"BM": 16, "BN": 32, "STAGES": 1, "num_warps": 4}  # 39 KB, the most that it takes
-PLAIN: dict[str, Any] = {
-    "BM": 32,
-    "BN": 128,
-    "STAGES": 1,
-    "num_warps": 4,
-}  # with no pair a program has one tile
+PLAIN: dict[str, Any] = {"BM": 32, "BN": 128, "STAGES": 1, "num_warps": 4}  # no pair: a program has one tile
 
 
 def schedule(gu: Tensor, rank: int, tile: dict[str, Any]) -> tuple[tuple[int, int], dict[str, Any]]:
